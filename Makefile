@@ -1,0 +1,46 @@
+# make reproduce · make test · make docs: each installs what it needs into .venv first.
+PRESET ?= tiny
+WORLD ?= quick
+SEEDS ?= 1
+CORES ?= 2
+# more arguments for pytest, snakemake or pip: make test ARGS="-m 'not slow'"
+ARGS ?=
+PIP_ARGS ?=
+
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p $(NEW_ENOUGH) 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+
+.PHONY: help install reproduce test readme docs
+
+help:
+	@echo "make reproduce   run the study (PRESET=$(PRESET) WORLD=$(WORLD) SEEDS=$(SEEDS) CORES=$(CORES)); finished runs are kept"
+	@echo "make test        run every test (ARGS=\"-m 'not slow'\" for the quick ones)"
+	@echo "make docs        build the site into _docs (needs Quarto)"
+	@echo "make readme      write README.md from nbs/index.ipynb"
+
+install: $(BIN)/installed
+
+$(BIN)/installed: settings.ini setup.py
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) 2>/dev/null || { echo "Python 3.11 or newer is needed, found $(or \
+	$(PYTHON),none). Name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	@touch $@
+
+reproduce: install
+	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs --quiet host reason \
+		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+readme: install
+	$(BIN)/python tests/readme.py
+
+# README.md is newer than index.ipynb after `readme`, so nbdev_docs leaves it alone
+docs: readme
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto (quarto.org) on the PATH;" \
+		"make test checks the pages without it" >&2; exit 1; }
+	$(BIN)/nbdev_docs

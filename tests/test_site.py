@@ -1,0 +1,92 @@
+"""The pages of the site, as nbdev processes them for Quarto: every page builds, and every link on it leads somewhere."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    "Folder of processed notebooks, built from a copy. Runs what the real build runs: exported cells and imports, alone."
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(ROOT/"nbs", folder/"nbs", ignore=shutil.ignore_patterns(".*"))
+    for file in ("settings.ini", "_quarto.yml"): shutil.copy(ROOT/file, folder)
+    process = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", process], cwd=folder, env=env, check=True)
+    return folder/"_proc"
+
+
+def pages(site: Path) -> dict[str, str]:
+    "Markdown of every page, by its path in the site."
+    return {str(p.relative_to(site)): markdown(p) for p in site.rglob("*.ipynb")}
+
+
+def markdown(path: Path) -> str:
+    "Prose and markdown outputs of a processed notebook."
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:   # nbformat would complain about the keys nbdev adds
+        if cell["cell_type"] != "code": parts.append(cell["source"])
+        else: parts += [o.get("data", {}).get("text/markdown", "") for o in cell["outputs"]]
+    return "\n\n".join("".join(p) for p in parts)
+
+
+def front_matter(text: str) -> dict:
+    "The YAML block nbdev puts on top of a page."
+    return yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+
+
+def anchors(text: str) -> set[str]:
+    "Identifiers of a page's headings, made as pandoc makes them, and the ones given by hand."
+    heads = re.findall(r"^#+ +(.+?)(?: *\{.*\})?$", text, re.M)
+    slugs = (re.sub(r"[^\w\s.-]", "", h.lower()).strip().replace(" ", "-") for h in heads)
+    return {re.sub(r"^[^a-z]+", "", s) for s in slugs} | set(re.findall(r"\{#([\w.:-]+)", text))
+
+
+def links(text: str) -> list[str]:
+    "Targets of markdown and HTML links and images."
+    prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", text, flags=re.M | re.S)
+    return re.findall(r"\]\(<?([^)\s>]+)", prose) + re.findall(r"(?:href|src)=\"([^\"]+)\"", prose)
+
+
+def test_every_notebook_becomes_a_page(site):
+    made = set(pages(site))
+    assert made == {str(p.relative_to(ROOT/"nbs")) for p in (ROOT/"nbs").rglob("*.ipynb")}
+
+
+def test_pages_have_addresses_of_their_own(site):
+    found = [(str(Path(p).parent), front_matter(t).get("output-file", p)) for p, t in pages(site).items()]
+    assert len(set(found)) == len(found)
+
+
+def test_relative_links_lead_somewhere(site):
+    texts, broken = pages(site), []
+    for page, text in texts.items():
+        for link in links(text):
+            target, _, anchor = link.partition("#")
+            if re.match(r"\w+:", link): continue
+            file = (site/page).parent/target if target else site/page
+            known = anchors(texts.get(os.path.relpath(file, site), ""))
+            if not file.exists() or (anchor and anchor not in known): broken.append(f"{page}: {link}")
+    assert not broken
+
+
+def test_links_to_the_own_site_lead_somewhere(site):
+    "nbdev turns back-ticked names into absolute links to the library's pages."
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini", encoding="utf-8")
+    home = config["DEFAULT"]["doc_host"]+config["DEFAULT"]["doc_baseurl"]+"/"
+    texts = pages(site)
+    addresses = {str(Path(p).parent/front_matter(t).get("output-file", Path(p).with_suffix(".html").name))
+                 for p, t in texts.items()}
+    found = {link.removeprefix(home).partition("#")[0] for t in texts.values() for link in links(t) if link.startswith(home)}
+    assert found <= addresses
