@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'PATTERNS', 'OUTLINES', 'OPENINGS', 'CLASSES', 'CONCEPTS', 'WORDS', 'WORLDS', 'SPLITS', 'KINDS', 'World',
-           'scene_rng', 'Shape', 'phrase', 'pixel_grid', 'outline_mask', 'pattern_mask', 'paint', 'layout', 'upsampler',
-           'smooth_field', 'background', 'Scene', 'make_scene', 'concept_map', 'prompts', 'content_id', 'ShapesDataset']
+           'Shape', 'phrase', 'Scene', 'make_scene', 'concept_map', 'prompts', 'content_id', 'ShapesDataset']
 
 # %% ../nbs/api/01_shapes.ipynb #cd780010
 import itertools
@@ -16,17 +15,17 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-# %% ../nbs/api/01_shapes.ipynb #7ca3c147
+# %% ../nbs/api/01_shapes.ipynb #2ae76f34
 COLOURS = {"red": (215, 40, 40), "green": (45, 165, 60), "blue": (50, 80, 215),
            "yellow": (230, 210, 50), "purple": (140, 60, 175), "orange": (240, 135, 30)}  # mean RGB
 PATTERNS = ("plain", "striped", "dotted", "checkered")
 OUTLINES = ("circle", "square", "triangle", "cross")
 OPENINGS = ("a photo of", "a picture of", "an image of")
-CLASSES = [f"{colour} {pattern} shape" for colour in COLOURS for pattern in PATTERNS]  # label = 4 colour + pattern
+CLASSES = [f"{colour} {pattern} shape" for colour in COLOURS for pattern in PATTERNS]
 CONCEPTS = {"color": tuple(COLOURS), "pattern": PATTERNS, "outline": OUTLINES}  # keys as in Broden
 WORDS = sorted({*" ".join((*OPENINGS, *CLASSES, "a an and")).split()})
 
-# %% ../nbs/api/01_shapes.ipynb #9e9d0099
+# %% ../nbs/api/01_shapes.ipynb #a9e0bf90
 @dataclass(frozen=True)
 class World:
     "Statistics of the embedded world; a scene is a function of these, a seed, a split and an index."
@@ -41,16 +40,10 @@ class World:
     jitter: float = 12 / 255  # standard deviation of an object's colour, [0,1] scale
     noise: float = 8 / 255  # standard deviation of the pixel noise over everything, [0,1] scale
 
-# %% ../nbs/api/01_shapes.ipynb #6a4cf765
 WORLDS = {"smoke": World(size=32, train=3000), "quick": World(train=6000), "full": World()}
 SPLITS, KINDS = ("train", "val"), ("scenes", "zero_shot")
 
-def scene_rng(
-    seed: int,  # >= 0
-    split: str,  # one of SPLITS
-    kind: str,  # one of KINDS
-    index: int,  # position in the data set
-) -> np.random.Generator:
+def _rng(seed: int, split: str, kind: str, index: int) -> np.random.Generator:
     "The random stream that belongs to one scene alone: no two (seed, split, kind, index) share it."
     for given, allowed in ((split, SPLITS), (kind, KINDS)):
         if given not in allowed: raise ValueError(f"no {given!r} here: choose one of {allowed}")
@@ -80,32 +73,25 @@ def phrase(name: str) -> str:
     "A class name with its indefinite article."
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
-# %% ../nbs/api/01_shapes.ipynb #9e494cb9
+# %% ../nbs/api/01_shapes.ipynb #0e62767a
 @cache
-def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     "Row and column coordinates of the pixel centres, each (size, size)."
     return np.mgrid[:size, :size].astype(np.float32) + np.float32(.5)
 
-def outline_mask(
-    shape: Shape,
-    size: int,  # image side, pixels
-) -> np.ndarray:
+def _outline_mask(shape: Shape, size: int) -> np.ndarray:
     "Pixels whose centre lies inside the outline, (size, size) bool."
-    y, x = ((g - c) / shape.radius for g, c in zip(pixel_grid(size), shape.centre))
+    y, x = ((g - c) / shape.radius for g, c in zip(_grid(size), shape.centre))
     match shape.outline:
         case "circle": return x**2 + y**2 <= 1
         case "square": return np.maximum(abs(x), abs(y)) <= .8
         case "triangle": return (y <= .75) & (y >= 2 * abs(x) - 1.1)
         case "cross": return (np.minimum(abs(x), abs(y)) <= .3) & (np.maximum(abs(x), abs(y)) <= 1)
 
-# %% ../nbs/api/01_shapes.ipynb #09e505a5
-def pattern_mask(
-    pattern: str,  # one of PATTERNS
-    world: World,
-    rng: np.random.Generator,
-) -> np.ndarray:
+# %% ../nbs/api/01_shapes.ipynb #c25eeed7
+def _pattern_mask(pattern: str, world: World, rng: np.random.Generator) -> np.ndarray:
     "Where the second tone goes, (size, size) bool."
-    y, x = pixel_grid(world.size)
+    y, x = _grid(world.size)
     angle, period, *phase = rng.uniform((0, world.period[0], 0, 0), (np.pi, world.period[1], 1, 1))
     if pattern == "striped": y, x = x * 0, x * np.cos(angle) + y * np.sin(angle)
     u, v = (x / period + phase[0]) % 1, (y / period + phase[1]) % 1
@@ -115,64 +101,44 @@ def pattern_mask(
         case "dotted": return (u - .5)**2 + (v - .5)**2 < .33**2
         case "checkered": return (u < .5) ^ (v < .5)
 
-def paint(
-    image: np.ndarray,  # (size, size, 3) float32 in [0,1], changed in place
-    shape: Shape,
-    world: World,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    "Draw one object and return its mask, (size, size) bool."
-    mask = outline_mask(shape, world.size)
+def _paint(image: np.ndarray, shape: Shape, world: World, rng: np.random.Generator) -> np.ndarray:
+    "Draw one object into image (size, size, 3), in place; its mask, (size, size) bool."
+    mask = _outline_mask(shape, world.size)
     base = np.array(COLOURS[shape.colour]) / 255 + rng.normal(0, world.jitter, 3)
-    second = .4 * base + .6 * rng.integers(2)  # towards black or white
+    second = .25 * base + .75 * rng.integers(2)  # towards black or white
     tones = np.stack([base, second]).astype(np.float32)
-    image[mask] = tones[pattern_mask(shape.pattern, world, rng)[mask].astype(int)]
+    image[mask] = tones[_pattern_mask(shape.pattern, world, rng)[mask].astype(int)]
     return mask
 
-# %% ../nbs/api/01_shapes.ipynb #308d3f61
-def layout(
-    count: int,  # number of objects, >= 1
-    world: World,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    "Centres (count, 2) and radii (count,) in pixels of objects that lie inside the image, apart from each other."
+# %% ../nbs/api/01_shapes.ipynb #5898253a
+def _layout(count: int, world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    "Centres (count, 2) and radii (count,), in pixels, of objects that lie inside the image and apart."
     bounds = world.radius_single if count == 1 else world.radius_many
     for attempt in itertools.count():
-        if attempt % 20 == 0: radii = rng.uniform(*bounds, count) * world.size  # three large ones need not fit
+        if attempt % 20 == 0: radii = rng.uniform(*bounds, count) * world.size  # three large ones may not fit
         centres = rng.uniform(radii, world.size - radii, (2, count)).T
         pairs = itertools.combinations(range(count), 2)
         if all(np.hypot(*(centres[i] - centres[j])) > 1.13 * (radii[i] + radii[j]) for i, j in pairs):
             return centres, radii
 
-# %% ../nbs/api/01_shapes.ipynb #2c53dc2b
+# %% ../nbs/api/01_shapes.ipynb #e9655b98
 @cache
-def upsampler(
-    cells: int,  # size of the coarse grid
-    size: int,  # size of the fine grid
-) -> np.ndarray:
+def _upsampler(cells: int, size: int) -> np.ndarray:
     "Linear interpolation from a coarse to a fine grid as a matrix, (size, cells) float32."
     at = np.linspace(0, cells - 1, size)
     return np.maximum(0, 1 - abs(at[:, None] - np.arange(cells))).astype(np.float32)
 
-def smooth_field(
-    cells: int,  # grid of independent values along a side
-    size: int,  # image side, pixels
-    rng: np.random.Generator,
-) -> np.ndarray:
-    "A smooth random RGB field, (size, size, 3) float32 in [0,1]."
-    up = upsampler(cells, size)
+def _smooth_field(cells: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    "Random RGB values on a cells x cells grid, interpolated: (size, size, 3) float32 in [0,1]."
+    up = _upsampler(cells, size)
     return (up @ rng.random((3, cells, cells), dtype=np.float32) @ up.T).transpose(1, 2, 0)
 
-# %% ../nbs/api/01_shapes.ipynb #373eab42
-def background(
-    world: World,
-    rng: np.random.Generator,
-) -> np.ndarray:
+def _background(world: World, rng: np.random.Generator) -> np.ndarray:
     "A scene without objects, (size, size, 3) float32 in [0,1]."
-    size, (y, x) = world.size, pixel_grid(world.size)
-    image = smooth_field(5, size, rng)
+    size, (y, x) = world.size, _grid(world.size)
+    image = _smooth_field(5, size, rng)
     image += rng.uniform(.2, .8) * (image.mean(-1, keepdims=True) - image)  # desaturate
-    image += .25 * (smooth_field(size // 4, size, rng) - .5)
+    image += .25 * (_smooth_field(size // 4, size, rng) - .5)
     for _ in range(rng.integers(3, 8)):  # thin lines
         angle, row, column = rng.uniform(0, (np.pi, size, size))
         on = abs((x - column) * np.sin(angle) - (y - row) * np.cos(angle)) < .6
@@ -181,9 +147,9 @@ def background(
         height, width = rng.integers(2, size // 8 + 1, 2)
         top, left = rng.integers(0, (size - height, size - width))
         image[top:top + height, left:left + width] = rng.random(3)
-    return image
+    return .2 + .6 * image  # calmer than the objects, or minutes are not enough to learn the patterns
 
-# %% ../nbs/api/01_shapes.ipynb #fb0f1385
+# %% ../nbs/api/01_shapes.ipynb #d602f052
 @dataclass(frozen=True)
 class Scene:
     "One image with everything that is true of it."
@@ -200,20 +166,21 @@ def make_scene(
     kind: str = "scenes",  # "scenes": random content; "zero_shot": one object of class index mod 24
 ) -> Scene:
     "The scene at one position of one data set; the same arguments give the same bytes."
-    rng = scene_rng(seed, split, kind, index)
+    rng = _rng(seed, split, kind, index)
     count = 1 if kind == "zero_shot" else 1 + rng.choice(len(world.objects), p=world.objects)
     labels = [index % len(CLASSES)] if kind == "zero_shot" else rng.integers(len(CLASSES), size=count)
     names = [(*CLASSES[k].split()[:2], OUTLINES[rng.integers(len(OUTLINES))]) for k in labels]
-    shapes = tuple(Shape(*n, tuple(c.tolist()), float(r)) for n, c, r in zip(names, *layout(count, world, rng)))
+    places = zip(*_layout(count, world, rng))
+    shapes = tuple(Shape(*n, tuple(c.tolist()), float(r)) for n, (c, r) in zip(names, places))
     caption = f"{OPENINGS[rng.integers(len(OPENINGS))]} " + " and ".join(s.phrase for s in shapes)
-    image, instances = background(world, rng), np.zeros((world.size, world.size), np.uint8)
-    for k, shape in enumerate(shapes, 1): instances[paint(image, shape, world, rng)] = k
+    image, instances = _background(world, rng), np.zeros((world.size, world.size), np.uint8)
+    for k, shape in enumerate(shapes, 1): instances[_paint(image, shape, world, rng)] = k
     image += world.noise * rng.standard_normal(image.shape, dtype=np.float32)
     return Scene((image.clip(0, 1) * 255).round().astype(np.uint8), instances, shapes, caption)
 
-# %% ../nbs/api/01_shapes.ipynb #c0d47306
+# %% ../nbs/api/01_shapes.ipynb #06af1f53
 def concept_map(scene: Scene) -> np.ndarray:
-    "Per-pixel concept numbers, (3, size, size) uint8: colour, pattern, outline; 0 none, else 1 + place in CONCEPTS."
+    "Concept numbers (3, size, size) uint8 of colour, pattern, outline: 0 none, else 1 + place in CONCEPTS."
     named = [(s.colour, s.pattern, s.outline) for s in scene.shapes]
     numbers = [[1 + names.index(n) for n, names in zip(row, CONCEPTS.values())] for row in named]
     return np.array([(0, 0, 0), *numbers], np.uint8)[scene.instances].transpose(2, 0, 1)
@@ -231,9 +198,9 @@ def content_id(shapes: Sequence[Shape]) -> int:
     "One number per multiset of (colour, pattern); outlines, places and order do not count."
     return sum((label + 1) * (len(CLASSES) + 1)**k for k, label in enumerate(sorted(s.label for s in shapes)))
 
-# %% ../nbs/api/01_shapes.ipynb #9dbb5e27
+# %% ../nbs/api/01_shapes.ipynb #343e76bc
 class ShapesDataset(Dataset):
-    "Scenes of the embedded world in memory; items have image, mask, caption, id and, for zero-shot images, label."
+    "Scenes in memory; items have image, mask, caption, id and, for zero-shot images, label."
     classes = CLASSES
 
     def __init__(
@@ -247,7 +214,7 @@ class ShapesDataset(Dataset):
             raise ValueError(f"no world {world!r}: choose one of {list(WORLDS)} or pass a World")
         self.world = WORLDS[world] if isinstance(world, str) else world
         self.split, self.seed, self.kind = split, seed, kind
-        scene_rng(seed, split, kind, 0)  # refuses unknown names before any work
+        _rng(seed, split, kind, 0)  # refuses unknown names before any work
         count = len(CLASSES) * self.world.per_class if kind == "zero_shot" else getattr(self.world, split)
         scenes = [self.scene(i) for i in range(count)]
         self.images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).contiguous()

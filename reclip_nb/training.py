@@ -89,7 +89,7 @@ def step_generator(
     "A generator that is a pure function of its arguments."
     return torch.Generator().manual_seed(int(digest([seed, step, micro]), 16))
 
-# %% ../nbs/api/06_training.ipynb #4e4d68ec
+# %% ../nbs/api/06_training.ipynb #f88c906c
 def save_checkpoint(
     run: Run, # run folder
     state: dict, # tensors and plain values
@@ -111,10 +111,10 @@ def load_checkpoint(
         if not (run/name).exists(): continue
         try: state = torch.load(run/name, map_location="cpu", weights_only=True)
         except Exception as e:
-            say(f"{run/name} is damaged ({type(e).__name__}); falling back to the one before")
+            say(f"{run.path.name}/{name} is damaged ({type(e).__name__}); falling back to the one before")
             continue
         if state["key"] == key: return state
-        say(f"{run/name} was made with other settings and is not used")
+        say(f"{run.path.name}/{name} was made with other settings and is not used")
     return None
 
 

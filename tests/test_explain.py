@@ -1,6 +1,5 @@
 "Explanation maps against the golden arrays of the reference programs, and what must never happen to a model."
 import copy
-import time
 
 import pytest
 import torch
@@ -15,8 +14,9 @@ from reclip_nb.explain.cam import qk_similarity
 
 RAW = dict(size=None, normalize="none")
 QG = pytest.mark.parametrize("qg", [1, 0])
-VIEWS = pytest.mark.parametrize("qg,who,view", [(qg, "student", v) for qg in (1, 0) for v in ("sq0", "sq1", "wide")]
-                                + [(1, "teacher", "sq0"), (1, "teacher", "wide")])
+VIEWS = pytest.mark.parametrize("qg,who,view", [
+    *((qg, "student", v) for qg in (1, 0) for v in ("sq0", "sq1", "wide")),
+    (1, "teacher", "sq0"), (1, "teacher", "wide")])
 
 
 def close(got, want, tol):
@@ -26,7 +26,7 @@ def close(got, want, tol):
     assert (got-want).abs().max() <= tol*want.abs().max().clamp(min=1e-12)
 
 
-# ---- golden/aft: float64 -------------------------------------------------------------------------------------------
+# ---- golden/aft: float64 ------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def aft():
@@ -62,9 +62,9 @@ def test_aft_gradcam_and_similarity(aft, qg, who, view, h):
         close(got, aft[1][f"qg{qg}_{who}_{view}_gradcam_{source}_h{h}"], 1e-6)
     tap, texts = open_tap(clip, x, t, antialias=False)
     blk = tap.tower.view(-1)
-    q, k, _ = blk.qkv(blk.norm1(tap.states[-2]))
+    q, k, _ = blk.qkv(blk.norm1(tap.state(2)))
     close(qk_similarity(q, k).view(tap.tower.grid), aft[1][f"qg{qg}_{who}_{view}_qkweight_h{h}"], 1e-6)
-    f = tap.tower.tail(tap.states[-2], tap.tower.n_layers-1, 1 if h == 1 else None)
+    f = tap.tower.tail(tap.state(2), 2, 1 if h == 1 else None)
     close(tap.scores(f, texts)[0], aft[1][f"qg{qg}_{who}_{view}_cos_h{h}"], 1e-9)
 
 
@@ -74,7 +74,7 @@ def test_aft_true_cosines(aft, qg, who):
     x = aft[0]["x_u8"].double()/255
     with torch.no_grad(): close(clip.encode_image(x) @ t.T, aft[1][f"qg{qg}_{who}_cos_true"], 1e-9)
     tap, texts = open_tap(clip, x, t)
-    close(tap.scores(tap.tower.head(tap.states[-1]), texts), aft[1][f"qg{qg}_{who}_cos_true"], 1e-9)
+    close(tap.scores(tap.tower.head(tap.state(3)), texts), aft[1][f"qg{qg}_{who}_cos_true"], 1e-9)
 
 
 @QG
@@ -91,7 +91,7 @@ def test_aft_simple_gradient_and_library_gradcam(aft, qg, view):
         close(cam, aft[1][f"qg{qg}_gradcam_aftlib_img{view[-1]}_txt{p}"], 1e-4)
 
 
-# ---- golden/explainers/clip_cls: float32, and the same in float64 ------------------------------------------------------
+# ---- golden/explainers/clip_cls: float32, and the same in float64 -------------------------------------
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["f32", "f64"])
 def cls(request):
@@ -105,13 +105,16 @@ GRIDS = {f"gradcam.block{l}.{name}": ("gradcam", dict(layer=l, include_cls=name 
          for l in range(3) for name in ("withcls", "nocls")} | {
     "gradeclip.heads": ("grad_eclip", {}), "gradeclip.heads.noksim": ("grad_eclip", dict(ksim=False)),
     "gradeclip.heads.n2": ("grad_eclip", dict(n_layers=2)), "gradeclip.merged": ("grad_eclip:released", {}),
-    "gradeclip.merged.projqk": ("grad_eclip:script", {}), "gradeclip.merged.n2": ("grad_eclip:released", dict(n_layers=2))}
+    "gradeclip.merged.projqk": ("grad_eclip:script", {}),
+    "gradeclip.merged.n2": ("grad_eclip:released", dict(n_layers=2))}
 PIXELS = {   # key: method, options, tolerance of the README
-    "gradcam.lib.block1": ("gradcam:aft", {}, 1e-4), "gradcam.lib.block2": ("gradcam:aft", dict(layer=-1), 1e-4),
+    "gradcam.lib.block1": ("gradcam:aft", {}, 1e-4),
+    "gradcam.lib.block2": ("gradcam:aft", dict(layer=-1), 1e-4),
     "gradcam.lib.lastln1": ("gradcam:aft", dict(layer=-1, at="norm1"), 1e-4),
     "gradcam.lib.multi": ("gradcam:aft", dict(layer=[0, 1]), 1e-4)}
 SENSITIVITY = {"sg": ("simple_gradient", {}), "sg.maxc": ("simple_gradient", dict(reduce="max")),
-               "smoothgrad.absofmean": ("smoothgrad", {}), "smoothgrad.meanofabs": ("smoothgrad", dict(mode="meanofabs"))}
+               "smoothgrad.absofmean": ("smoothgrad", {}),
+               "smoothgrad.meanofabs": ("smoothgrad", dict(mode="meanofabs"))}
 
 
 @pytest.mark.parametrize("key", GRIDS)
@@ -139,18 +142,18 @@ def test_cls_gradients(cls, key):
 def test_cls_states_and_embedding(cls):
     tower, e = cls
     tap, _ = open_tap(tower, e["image"], e["text"])
+    close(tap.tower.head(tap.state(3)), e["feat"], 1e-4)
     close(torch.stack(tap.states[1:]), e["hidden"], 1e-4)
-    close(tap.tower.head(tap.states[-1]), e["feat"], 1e-4)
 
 
-# ---- layouts, towers, resolutions ----------------------------------------------------------------------------------
+# ---- layouts, towers, resolutions ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag", [True, False], ids=["3.x", "before 2.25"])
 def test_token_first_layout_gives_the_same_maps(cls, flag):
     "17 images of 17 tokens: a layout guessed from shapes would attend across images."
     tower, e = cls
     old = copy.deepcopy(tower)
-    old.transformer = Transformer(64, 3, 4, batch_first=False).to(e["text"].device, next(tower.parameters()).dtype)
+    old.transformer = Transformer(64, 3, 4, batch_first=False).to(next(tower.parameters()).dtype)
     old.load_state_dict(tower.state_dict())
     if not flag: del old.transformer.batch_first
     x = torch.randn(17, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -188,7 +191,7 @@ def test_position_embedding_is_resampled_on_a_copy(cls):
     assert torch.equal(tower.positional_embedding, before)
 
 
-# ---- the model is not touched --------------------------------------------------------------------------------------
+# ---- the model is not touched -------------------------------------------------------------------------
 
 def fingerprint(model):
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -198,7 +201,8 @@ def fingerprint(model):
 
 
 def same(a, b):
-    return (a[1:] == b[1:] and all(torch.equal(p[2], q[2]) and p[:2]+p[3:] == q[:2]+q[3:] for p, q in zip(a[0], b[0])))
+    kept = (torch.equal(p[2], q[2]) and p[:2]+p[3:] == q[:2]+q[3:] for p, q in zip(a[0], b[0]))
+    return a[1:] == b[1:] and all(kept)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen", "mixed"])
@@ -213,12 +217,13 @@ def test_nothing_of_the_model_changes(mode):
         calls.clear()
         before, x = fingerprint(model), torch.rand(shape, dtype=next(model.parameters()).dtype)
         vit = hasattr(model, "visual")
-        texts, methods = torch.randn(3, 32 if vit else 16), [m for m in EXPLAINERS if vit or m != "grad_eclip"]
+        texts = torch.randn(3, 32 if vit else 16)
+        methods = [m for m in EXPLAINERS if vit or m != "grad_eclip"]
         explain_many(model, x, texts, methods)
         with torch.no_grad(): explain_many(model, x, texts, methods)
         with torch.inference_mode(): explain_many(model, x.clone(), texts.clone(), methods)
         input_gradient(model, x, texts.expand(2, -1, -1).to(x), create_graph=True)
-        for bad in (dict(method="gradcam", layer=99), dict(method="nope"), dict(method="simple_gradient", space="?")):
+        for bad in (dict(method="gradcam", layer=99), dict(method="nope"), dict(method="center", space="?")):
             with pytest.raises(ValueError): explain(model, x, texts, **bad)
         assert same(before, fingerprint(model)) and not calls and not x.requires_grad
         assert all(p.grad is None for p in model.parameters())
@@ -230,14 +235,15 @@ def test_an_error_in_the_middle_leaves_no_trace():
     def broken(module, args):
         calls.append(1)
         raise RuntimeError("stop")
-    model.visual.ln_post.forward = lambda *a: broken(model, a)     # an instance attribute: the shadow runs it too
+    model.visual.ln_post.forward = lambda *a: broken(model, a)     # in vars(): the shadow runs it too
     before = fingerprint(model)
     for method in ("simple_gradient", "gradcam", "grad_eclip"):
-        with pytest.raises(RuntimeError, match="stop"): explain(model, torch.rand(1, 3, 32, 32), torch.randn(2, 32), method)
+        with pytest.raises(RuntimeError, match="stop"):
+            explain(model, torch.rand(1, 3, 32, 32), torch.randn(2, 32), method)
     assert calls and same(before, fingerprint(model))
 
 
-# ---- contract ------------------------------------------------------------------------------------------------------
+# ---- contract -----------------------------------------------------------------------------------------
 
 def test_many_equals_one_by_one_and_is_per_image(cls):
     tower, e = cls
@@ -261,7 +267,7 @@ def test_texts_per_image_and_chunks(cls):
 
 
 def test_feature_consistency_score(aft):
-    "The score of the EPG loss: a frozen embedding for each image, here against the golden array in pixel space."
+    "The score of the EPG loss: a frozen embedding for each image; in pixel space."
     student, teacher = aft_clip(True, 1), aft_clip(False, 1)
     x, want = aft[0]["x_u8"].double()/255, golden("aft", "epg.npz")
     with torch.no_grad(): ref = teacher.encode_image(x)[:, None]
@@ -275,7 +281,8 @@ def test_zero_range_and_scores(cls):
     for m in ("simple_gradient", "smoothgrad", "gradcam", "grad_eclip", "gradcam:aft"):
         assert explain(tower, e["image"], zero, m).eq(0).all()
     raw = explain(tower, e["image"], e["text"], "grad_eclip", score="dot", **RAW)
-    assert torch.isfinite(raw).all() and not torch.allclose(raw, explain(tower, e["image"], e["text"], "grad_eclip", **RAW))
+    cosine = explain(tower, e["image"], e["text"], "grad_eclip", **RAW)
+    assert torch.isfinite(raw).all() and not torch.allclose(raw, cosine)
 
 
 def test_size_and_normalize(cls):
@@ -283,19 +290,32 @@ def test_size_and_normalize(cls):
     args = tower, e["image"], e["text"], "grad_eclip"
     assert explain(*args).shape == (2, 3, 32, 32) and explain(*args, size=None).shape == (2, 3, 4, 4)
     small = explain(*args, size=(10, 20))
-    assert small.shape == (2, 3, 10, 20) and small.amax((-2, -1)).eq(1).all() and small.amin((-2, -1)).eq(0).all()
+    assert small.shape == (2, 3, 10, 20) and small.amin((-2, -1)).eq(0).all()
+    empty = explain(*args, **RAW).amax((-2, -1)) == 0        # no patch speaks for the text
+    torch.testing.assert_close(small.amax((-2, -1)), (~empty).to(small))
 
 
 @pytest.mark.parametrize("change,error", [
     (dict(method="grad_clip"), "known are"), (dict(images=torch.full((1, 3, 32, 32), 1.5)), "allowed is"),
-    (dict(images=torch.full((1, 3, 32, 32), torch.nan)), "values span"), (dict(images=torch.rand(3, 32, 32)), "B,3,H,W"),
+    (dict(images=torch.full((1, 3, 32, 32), torch.nan)), "values span"),
+    (dict(images=torch.rand(3, 32, 32)), "B,3,H,W"),
     (dict(images=torch.rand(1, 3, 30, 32)), "cannot be tiled"), (dict(texts=torch.rand(2, 16)), "16 wide"),
     (dict(texts=torch.rand(2, 2, 32)), "B = 1"), (dict(texts=torch.full((1, 32), torch.nan)), "NaN"),
-    (dict(normalize="max"), "minmax"), (dict(score="angle"), "cosine"), (dict(method="gradcam", layer=3), "3 blocks"),
+    (dict(normalize="max"), "minmax"), (dict(score="angle"), "cosine"),
+    (dict(method="gradcam", layer=3), "3 blocks"),
     (dict(method="grad_eclip", n_layers=4), "3 blocks"), (dict(method="gradcam", at="input"), "norm1")])
 def test_errors(change, error):
     given = dict(images=torch.rand(1, 3, 32, 32), texts=torch.rand(2, 32), method="grad_eclip") | change
     with pytest.raises(ValueError, match=error): explain(aft_clip(False, 1), **given)
+
+
+def test_compiled_and_half_precision_models(cls):
+    tower, e = cls
+    for method in ("grad_eclip", "gradcam", "simple_gradient"):
+        want = explain(tower, e["image"], e["text"], method)
+        torch.testing.assert_close(explain(torch.compile(tower), e["image"], e["text"], method), want)
+        rough = explain(copy.deepcopy(tower).bfloat16(), e["image"], e["text"], method)
+        assert rough.dtype == torch.float32 and (rough-want).abs().mean() < .05
 
 
 def test_custom_blocks_are_refused_inside_and_explained_outside():
@@ -304,17 +324,3 @@ def test_custom_blocks_are_refused_inside_and_explained_outside():
     x, t = torch.randn(1, 3, 32, 32), torch.randn(2, 32)
     with pytest.raises(TypeError, match="attn.ln_q"): explain(tower, x, t, "grad_eclip")
     assert explain_many(tower, x, t, ["simple_gradient", "gradcam"])["gradcam"].shape == (1, 2, 32, 32)
-
-
-def test_closed_form_does_not_pay_for_more_texts():
-    "Grad-ECLIP for 32 texts is no slower than 4 backward passes would be."
-    torch.manual_seed(0)
-    tower = VisionTransformer(64, 8, 128, 4, 4, 4., output_dim=64).eval()
-    x = torch.randn(2, 3, 64, 64)
-    def seconds(n):
-        texts = torch.randn(n, 64)
-        explain(tower, x, texts, "grad_eclip", size=None)
-        start = time.process_time()
-        for _ in range(5): explain(tower, x, texts, "grad_eclip", size=None)
-        return time.process_time()-start
-    assert seconds(32) < 3*seconds(1)

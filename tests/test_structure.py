@@ -96,7 +96,7 @@ def test_imports_stand_alone(path):
 def test_cuda_cells_are_flagged(path):
     for cell in cells(path):
         if flags(cell) & {"export", "exports", "exporti", "gpu"}: continue
-        assert not re.search(r"[\"']cuda|\.cuda\(", cell.source), f"needs '#| gpu':\n{cell.source}"
+        assert not re.search(r"(device=|\.to\()[\"']cuda|\.cuda\(", cell.source), f"needs '#| gpu':\n{cell.source}"
 
 
 @each_notebook
@@ -134,6 +134,15 @@ def test_settings_are_parameters(path):
 @each_experiment
 def test_experiment_has_settings(path):
     assert (ROOT/"configs"/"tiny"/f"{path.stem}.yaml").exists()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "sample", "paper"])
+def test_graph_resolves(preset):
+    "Snakemake finds every notebook and every settings file of the preset."
+    if not EXPERIMENTS: pytest.skip("no experiment notebook is written yet")
+    dry = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--quiet", "--config", f"preset={preset}"]
+    run = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # The package and the site

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMALIZE', 'explain_many', 'explain']
 
-# %% ../../nbs/api/04_explain.ipynb #041cdde8
+# %% ../../nbs/api/04_explain.ipynb #59fac906
 from collections.abc import Iterable
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .base import EXPLAINERS, PRESETS, clip99, lookup, minmax, open_tap, options, resize
 from .cam import grad_eclip, gradcam
 from .gradients import input_gradient, simple_gradient, smoothgrad
+from ..tower import full
 
-# %% ../../nbs/api/04_explain.ipynb #94ad473e
+# %% ../../nbs/api/04_explain.ipynb #637aea98
 NORMALIZE = {"minmax": minmax, "none": lambda maps: maps}
 
 def explain_many(
@@ -30,15 +31,15 @@ def explain_many(
     chunk: int = 8,            # texts per batched backward pass
     antialias: bool = True,    # of the position embedding at another image size, see `tower.resample_posemb`
 ) -> dict[str, Tensor]:        # name -> (B, T, h, w)
-    "Maps of several methods from one forward pass. ValueError or TypeError says what does not fit."
+    "Maps of several methods from one forward pass, float32 at least. ValueError or TypeError on misuse."
     if normalize not in NORMALIZE: raise ValueError(f"normalize {normalize!r}: choose one of {[*NORMALIZE]}")
     methods = methods if isinstance(methods, dict) else dict.fromkeys(methods, {})
     found = {name: lookup(name, **kw) for name, kw in methods.items()}
     with torch.inference_mode(False), torch.no_grad():
         tap, texts = open_tap(model, images, texts, score, chunk, antialias)
         size = tuple(images.shape[-2:]) if isinstance(size, str) and size == "input" else size
-        maps = {name: fn(tap, texts, **kw) for name, (fn, kw) in found.items()}
-        return {name: NORMALIZE[normalize](m if size is None else resize(m, size)) for name, m in maps.items()}
+        maps = {name: full(fn(tap, texts, **kw)) for name, (fn, kw) in found.items()}
+        return {k: NORMALIZE[normalize](m if size is None else resize(m, size)) for k, m in maps.items()}
 
 def explain(
     model: nn.Module,          # a `Clip`, an open_clip model, or its image tower

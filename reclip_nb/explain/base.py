@@ -6,11 +6,10 @@
 __all__ = ['EXPLAINERS', 'PRESETS', 'Tap', 'check_texts', 'check_inputs', 'open_tap', 'vjp', 'resize', 'minmax', 'clip99',
            'explainer', 'options', 'lookup', 'random', 'center']
 
-# %% ../../nbs/api/04_explain_base.ipynb #eb144a92
+# %% ../../nbs/api/04_explain_base.ipynb #3d9b02f2
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..clip import check_pixels
 from ..tower import SCORES, Tower, as_tower, scores
 
-# %% ../../nbs/api/04_explain_base.ipynb #57bbafbe
+# %% ../../nbs/api/04_explain_base.ipynb #28821e31
 @dataclass
 class Tap:
     "One batch of images inside one tower; forward passes happen once and without a graph."
@@ -28,15 +27,18 @@ class Tap:
     clip: nn.Module | None  # the `Clip` that normalises them, if there is one
     score: str = "cosine"   # what is explained, see `tower.SCORES`
     chunk: int = 8          # texts per batched vector-Jacobian product
+    states: list[Tensor] = field(default_factory=list)  # as far as computed, see `state`
 
     def prepare(self, images: Tensor) -> Tensor:
         "Images as given -> the tower's input."
         return images if self.clip is None else self.clip.normalize(images)
 
-    @cached_property
-    def states(self) -> list[Tensor]:
-        "All states of the tower (`Tower.states`), without a graph."
-        with torch.no_grad(): return self.tower.states(self.prepare(self.images))
+    def state(self, l: int) -> Tensor:
+        "The input of block l (l = L: the last output), without a graph; computed as far as it is asked for."
+        with torch.no_grad():
+            if not self.states: self.states.append(self.tower.embed(self.prepare(self.images)))
+            while (n := len(self.states)) <= l: self.states.append(self.tower.block(self.states[-1], n-1))
+        return self.states[l]
 
     def scores(self, f: Tensor, texts: Tensor) -> Tensor:
         "(B, D) embeddings and (B, T, D) texts -> explained scores (B, T)."

@@ -27,7 +27,7 @@ def cam_weighting(
     w = g[:, :, 0 if include_cls else prefix:].mean(2)
     return torch.einsum("btd,bnd->btn", w, z[:, prefix:]).relu()
 
-# %% ../../nbs/api/04_explain_cam.ipynb #8a727e21
+# %% ../../nbs/api/04_explain_cam.ipynb #9bfc1f33
 def activations(
     tap: Tap,
     layers: Sequence[int],  # block indices >= 0
@@ -37,7 +37,7 @@ def activations(
     "The activations at each layer, in one graph that starts at the lowest, and the embedding (B, D)."
     if at not in ("output", "norm1"): raise ValueError(f"at={at!r}: choose 'output' or 'norm1'")
     tower, start, found = tap.tower, min(layers), {}
-    h = tap.states[start+(at == "output")].detach().requires_grad_()
+    h = tap.state(start+(at == "output")).detach().requires_grad_()
     if at == "output": found[start], start = h, start+1
     for l in range(start, max(layers)+1):
         if at == "norm1" and l in layers:
@@ -49,7 +49,7 @@ def activations(
             if l in layers: found[l] = h
     return found, tower.tail(h, max(layers)+1, heads)
 
-# %% ../../nbs/api/04_explain_cam.ipynb #b687af6c
+# %% ../../nbs/api/04_explain_cam.ipynb #852e239a
 @explainer(aft=dict(layer=-2, include_cls=False, library=True), legrad=dict(layer=8, include_cls=True))
 def gradcam(
     tap: Tap,
@@ -57,7 +57,7 @@ def gradcam(
     layer: int | Sequence[int] | None = None, # block(s) from 0, negative from the end; None: -2, ResNet: -1
     include_cls: bool = True,  # average gradients over the class token too
     at: str = "output",        # "output" or "norm1" of the block
-    library: bool = False,     # True: min-max each layer, resize to the image, mean over layers (pytorch-grad-cam)
+    library: bool = False,     # True: min-max and resize each layer, then mean (pytorch-grad-cam)
     heads: str = "model",      # "merged": last block with one head, as the Grad-ECLIP repository's baseline
 ) -> Tensor:                   # (B, T, gh, gw); (B, T, H, W) with `library`
     "Grad-CAM on the tokens of one or several blocks (LeGrad supplement Eq. 12); several are summed."
@@ -101,14 +101,15 @@ def eclip_map(
     m = torch.einsum("btd,bnd->btn", u, v[:, prefix:])
     return (m if lam is None else m*lam[:, None]).relu()
 
-# %% ../../nbs/api/04_explain_cam.ipynb #5de8fbd4
+# %% ../../nbs/api/04_explain_cam.ipynb #fe77a2d1
 def last_gradient(
     tap: Tap,
     texts: Tensor,
     heads: int | None = None,  # None: the model's
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     "ds/dO (B, T, d) at the class token of the last block, in closed form, and that block's q, k, v."
-    tower, x, blk = tap.tower, tap.states[-2], tap.tower.view(-1)
+    tower, blk = tap.tower, tap.tower.view(-1)
+    x = tap.state(tower.n_layers-1)
     q, k, v = blk.qkv(blk.norm1(x))
     o = blk.attend(q[:, :1], k, v, heads)
     z = blk.finish(x[:, :1], o)
@@ -121,9 +122,9 @@ def deep_gradients(
     n_layers: int,             # how many of the last blocks
     heads: int | None = None,  # of those blocks; None: the model's
 ) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-    "The same for the last `n_layers` blocks by autograd: lower blocks act through the attention of higher ones."
+    "The same for the last `n_layers` blocks by autograd: lower blocks act through higher ones."
     tower, blocks = tap.tower, [tap.tower.view(l) for l in range(-n_layers, 0)]
-    h, outs, qkvs = tap.states[-1-n_layers].detach().requires_grad_(), [], []
+    h, outs, qkvs = tap.state(tower.n_layers-n_layers).detach().requires_grad_(), [], []
     with torch.enable_grad():
         for blk in blocks:
             qkvs.append(blk.qkv(blk.norm1(h)))

@@ -32,7 +32,7 @@ def input_gradient(
         f = tower.encode(model.normalize(x) if hasattr(model, "normalize") else x)
         return vjp(scores(f, texts, score), [x], chunk, create_graph)[0]
 
-# %% ../../nbs/api/04_explain_gradients.ipynb #8238e6a9
+# %% ../../nbs/api/04_explain_gradients.ipynb #d400bf01
 SPACES = ("input", "pixel", "normalized")
 
 def channel_scale(
@@ -48,7 +48,8 @@ def channel_scale(
 def gradient(tap: Tap, texts: Tensor, images: Tensor) -> Tensor:
     "(B, T, 3, H, W) gradient at `images`, through a tap."
     z = images.detach().requires_grad_()
-    with torch.enable_grad(): return vjp(tap.scores(tap.tower.encode(tap.prepare(z)), texts), [z], tap.chunk)[0]
+    with torch.enable_grad():
+        return vjp(tap.scores(tap.tower.encode(tap.prepare(z)), texts), [z], tap.chunk)[0]
 
 def pool_channels(
     g: Tensor,           # (B, T, 3, H, W) gradients
@@ -68,7 +69,7 @@ def simple_gradient(
     "Simple Gradient (Simonyan et al. 2013; [Re] Section 3.3)."
     return pool_channels(gradient(tap, texts, tap.images)*channel_scale(tap, space), reduce)
 
-# %% ../../nbs/api/04_explain_gradients.ipynb #681b9740
+# %% ../../nbs/api/04_explain_gradients.ipynb #d0e03c41
 MODES = ("absofmean", "meanofabs")
 
 @explainer()
@@ -88,7 +89,7 @@ def smoothgrad(
     if noise is None:
         gen = torch.Generator().manual_seed(seed)
         noise = (sigma*torch.randn(tap.images.shape, generator=gen) for _ in range(n))
-    draws = [tap.images+z.to(tap.images) for z in noise]
+    else: n = len(noise)
     fold = (lambda g: g) if mode == "absofmean" else torch.abs
-    mean = sum(fold(gradient(tap, texts, z)) for z in draws)/len(draws)
+    mean = sum(fold(gradient(tap, texts, tap.images+z.to(tap.images))) for z in noise)/n
     return pool_channels(mean*channel_scale(tap, space), reduce)

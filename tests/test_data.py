@@ -1,0 +1,241 @@
+"""Data sets on small stand-ins: broken files, odd colour modes, crowds, empty masks, missing folders; and real photographs."""
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reclip_nb.batches import batches, step_batches
+from reclip_nb.data import ORIGINS, READERS, WNIDS, data_root, open_dataset
+from reclip_nb.photos import Geometry, Unreadable
+
+quiet = pytest.mark.filterwarnings("ignore:left out")
+
+
+def jpeg(width=60, height=40, mode="RGB", seed=0):
+    "Bytes of a noisy JPEG."
+    noise = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(buffer := io.BytesIO(), "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Two classes; row 2 is truncated, row 3 is not an image."
+    for split in ("train", "val"):
+        (cats, dogs) = (tmp_path/split/name for name in ("cat", "dog"))
+        cats.mkdir(parents=True), dogs.mkdir()
+        (cats/"0.jpg").write_bytes(jpeg())
+        (cats/"1.jpg").write_bytes(jpeg(mode="L"))
+        (cats/"2.jpg").write_bytes(jpeg()[:-900])
+        (cats/"3.jpg").write_bytes(b"<html>404</html>")
+        Image.new("RGBA", (50, 50), (255, 0, 0, 128)).save(dogs/"4.png")
+        Image.new("P", (50, 70)).save(dogs/"5.png")
+        (dogs/"6.jpg").write_bytes(jpeg(mode="CMYK"))
+        (dogs/"notes.txt").write_text("not a photograph")
+    return tmp_path
+
+
+@quiet
+def test_every_colour_mode_and_every_broken_file(folder):
+    data = open_dataset("imagefolder", folder, size=32)
+    items = [data[i] for i in range(len(data))]
+    assert data.classes == ["cat", "dog"] and len(data) == 7
+    assert all(x["image"].shape == (3, 32, 32) and 0 <= x["image"].min() and x["image"].max() <= 1 for x in items)
+    assert [x["index"] for x in items] == [0, 1, 4, 4, 4, 5, 6]
+    assert list(data.skipped) == ["cat/2.jpg", "cat/3.jpg"] and "truncated" in data.skipped["cat/2.jpg"]
+    with pytest.raises(IndexError): data[7]
+    with pytest.raises(Unreadable, match="3.jpg.*skip"): open_dataset("imagefolder", folder, on_error="raise")[3]
+
+
+@quiet
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_do_not_shift_the_order(folder, workers):
+    data = open_dataset("imagefolder", folder, split="train", size=16)
+    run = lambda start: [(s, b["id"], b["label"].tolist()) for s, b in step_batches(data, 3, 0, start, 6, workers)]
+    whole = run(0)
+    assert [s for s, *_ in whole] == list(range(6)) and whole[3:] == run(3)
+    assert set(data.skipped) == {"cat/2.jpg", "cat/3.jpg"}, "known in the main process"
+
+
+@quiet
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_counts_nothing_twice(folder, workers):
+    data = open_dataset("imagefolder", folder, size=16)
+    seen = [i for b in batches(data, 2, workers=workers) for i in b["id"]]
+    assert seen == ["cat/0.jpg", "cat/1.jpg", "dog/4.png", "dog/5.png", "dog/6.jpg"] and len(data.skipped) == 2
+    assert [b["index"].tolist() for b in batches(data, 2, rows=[6, 2, 0])] == [[6], [0]]
+
+
+def test_a_wholly_broken_folder_is_an_error(tmp_path):
+    (tmp_path/"val"/"cat").mkdir(parents=True)
+    for i in range(3): (tmp_path/"val"/"cat"/f"{i}.jpg").write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(Unreadable, match="complete"): open_dataset("imagefolder", tmp_path)[0]
+
+
+def square(x, y, side): return [[x, y, x+side, y, x+side, y+side, x, y+side]]
+
+
+@pytest.fixture
+def coco_folder(tmp_path):
+    "Official layout: a polygon pair with a crowd, an RLE, only a crowd, nothing, an instance outside the crop, no file."
+    (tmp_path/"annotations").mkdir(), (tmp_path/"val2017").mkdir()
+    images = [dict(id=i, file_name=f"{i}.jpg", width=80, height=40) for i in range(1, 7)]
+    for i in range(1, 6): (tmp_path/"val2017"/f"{i}.jpg").write_bytes(jpeg(80, 40))
+    rle = np.zeros((40, 80), np.uint8); rle[10:20, 30:50] = 1
+    flat = rle.flatten(order="F"); edges = np.flatnonzero(np.diff(flat))+1
+    counts = np.diff([0, *edges, flat.size]).tolist()
+    rows = [(1, square(25, 5, 10), 0), (1, square(30, 10, 10), 0), (1, dict(size=[40, 80], counts=[0, 3200]), 1),
+            (2, dict(size=[40, 80], counts=counts), 0), (3, dict(size=[40, 80], counts=[0, 3200]), 1),
+            (5, square(0, 5, 8), 0), (6, square(30, 5, 10), 0)]
+    annotations = [dict(id=k, image_id=i, category_id=1, segmentation=s, iscrowd=c, area=100, bbox=[0, 0, 1, 1])
+                   for k, (i, s, c) in enumerate(rows, 1)]
+    content = dict(images=images, annotations=annotations, categories=[dict(id=1, name="cat")])
+    (tmp_path/"annotations"/"instances_val2017.json").write_text(json.dumps(content))
+    texts = [dict(id=k, image_id=i, caption=f"text {k}") for k, i in enumerate((1, 1, 2, 4), 1)]
+    (tmp_path/"annotations"/"captions_val2017.json").write_text(json.dumps(dict(images=images, annotations=texts)))
+    return tmp_path
+
+
+@quiet
+def test_coco_masks_are_unions_without_crowds(coco_folder):
+    data = open_dataset("coco", coco_folder, size=40)
+    assert list(data.names) == ["1.jpg", "2.jpg", "5.jpg", "6.jpg"] and data.classes == ["cat"]
+    assert data[0]["mask"].sum() == 100+100-25 and data[1]["mask"].sum() == 200   # centre square: columns 20 to 60
+    assert data[1]["mask"][10:20, 10:30].all()
+    seen = [i for b in batches(data, 4) for i in b["id"]]
+    assert seen == ["1.jpg", "2.jpg"] and sorted(data.skipped) == ["3.jpg", "4.jpg", "5.jpg", "6.jpg"]
+    assert "no mask inside" in data.skipped["5.jpg"] and "FileNotFound" in data.skipped["6.jpg"]
+    assert open_dataset("coco", coco_folder, size=40, mode="squash")[2]["index"] == 2   # all in view
+
+
+def test_coco_captions(coco_folder):
+    data = open_dataset("coco", coco_folder, size=40, masks=False, captions=True)
+    assert [data[i]["captions"] for i in range(3)] == [["text 1", "text 2"], ["text 3"], ["text 4"]]
+    batch = next(batches(data, 3))
+    assert batch["caption"] == ["text 1", "text 3", "text 4"] and "mask" not in batch
+    with pytest.raises(ValueError, match="at least one"): open_dataset("coco", coco_folder, masks=False)
+
+
+def test_coco_names_stay_in_their_folder(coco_folder):
+    file = coco_folder/"annotations"/"instances_val2017.json"
+    file.write_text(file.read_text().replace("1.jpg", "../../secret.jpg"))
+    with pytest.raises(ValueError, match="leads out"): open_dataset("coco", coco_folder)[0]
+
+
+@quiet
+def test_a_mask_of_another_size_is_not_stretched(coco_folder):
+    (coco_folder/"val2017"/"1.jpg").write_bytes(jpeg(60, 40))
+    data = open_dataset("coco", coco_folder, size=40)
+    assert data[0]["index"] == 1 and "photograph is (40, 60)" in data.skipped["1.jpg"]
+
+
+@pytest.fixture
+def imagenet_s_folder(tmp_path):
+    "50 class folders, three masks; photographs of two of them in an ImageNet folder."
+    masks = tmp_path/"s"/"ImageNetS50"/"validation-segmentation"
+    for wnid in WNIDS[:50]: (masks/wnid).mkdir(parents=True)
+    for k, name in ((0, "a"), (49, "b"), (49, "test_only")):
+        rgb = np.zeros((40, 40, 3), np.uint8)
+        rgb[10:20], rgb[20:25], rgb[30:] = (k+1, 0, 0), (232, 3, 0), (k+2, 0, 0)   # own class, ignore, another class
+        Image.fromarray(rgb).save(masks/WNIDS[k]/f"{name}.png")
+    for k, name in ((0, "a"), (49, "b")):
+        photos = tmp_path/"imagenet"/"ILSVRC2012_img_val"/WNIDS[k]
+        photos.mkdir(parents=True), (photos/f"{name}.JPEG").write_bytes(jpeg(40, 40))
+    return tmp_path
+
+
+def test_imagenet_s_ids_ignore_and_intersection(imagenet_s_folder):
+    data = open_dataset("imagenet_s", imagenet_s_folder/"s", size=40, subset=50, imagenet_root=imagenet_s_folder/"imagenet")
+    assert [data[i]["label"] for i in range(len(data))] == [0, 49] and data.classes[0] == "tench"
+    for i in range(2):
+        assert data[i]["mask"][10:20].all() and data[i]["mask"].sum() == 400
+        assert data[i]["ignore"][20:25].all() and data[i]["ignore"].sum() == 200
+    assert data.skipped == {f"{WNIDS[49]}/test_only.png": "no photograph"}
+    with pytest.raises(FileNotFoundError, match="ImageNetS50/validation,|no validation "):
+        open_dataset("imagenet_s", imagenet_s_folder/"s", subset=50)
+
+
+def test_imagenet_s_refuses_missing_classes(imagenet_s_folder):
+    (imagenet_s_folder/"s"/"ImageNetS50"/"validation-segmentation"/WNIDS[7]).rmdir()
+    with pytest.raises(ValueError, match="49 class folders, not 50"):
+        open_dataset("imagenet_s", imagenet_s_folder/"s", subset=50, imagenet_root=imagenet_s_folder/"imagenet")
+
+
+def test_imagenet_labels_do_not_depend_on_what_is_there(imagenet_s_folder):
+    data = open_dataset("imagenet", imagenet_s_folder/"imagenet", size=32)
+    assert [data[i]["label"] for i in range(2)] == [0, 49] and len(data.classes) == 1000
+    (imagenet_s_folder/"imagenet"/"ILSVRC2012_img_val"/"cats").mkdir()
+    with pytest.raises(ValueError, match="cats"): open_dataset("imagenet", imagenet_s_folder/"imagenet")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_missing_data_say_how_to_get_them(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIP_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as e: open_dataset(name)
+    text = str(e.value)
+    assert str(tmp_path/name) in text and ORIGINS[name][0] in text and ORIGINS[name][1] in text and "RECLIP_DATA" in text
+
+
+def test_empty_class_folders_are_missing_data(tmp_path):
+    (tmp_path/"val"/"cat").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="photographs"): open_dataset("imagefolder", tmp_path)
+
+
+def test_roots(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIP_DATA", "$SCRATCH/sets"), monkeypatch.setenv("SCRATCH", str(tmp_path))
+    assert data_root("coco") == tmp_path/"sets"/"coco" and data_root("coco", "$SCRATCH/x") == tmp_path/"x"
+    monkeypatch.delenv("RECLIP_DATA")
+    assert data_root("coco").parts[-2:] == ("data", "coco")
+
+
+def test_unknown_names_and_options(folder):
+    for bad in (dict(name="mnist"), dict(name="imagefolder", split="test"), dict(name="imagefolder", root=folder, mode="pad"),
+                dict(name="imagefolder", root=folder, on_error="ignore")):
+        with pytest.raises(ValueError, match="choose"): open_dataset(**bad)
+    with pytest.raises(TypeError): open_dataset("imagefolder", folder, captions=True)
+
+
+def test_data_sets_can_go_to_spawned_workers(coco_folder, folder):
+    for data in (open_dataset("coco", coco_folder), open_dataset("imagefolder", folder)):
+        assert len(pickle.loads(pickle.dumps(data))) == len(data)
+
+
+def test_steps_over_shapes_resume():
+    data = open_dataset("shapes", world="smoke", split="train")
+    whole, late = ([b["index"].tolist() for _, b in step_batches(data, 64, 3, start, 50)] for start in (0, 47))
+    assert whole[47:] == late
+    assert len(set(sum(whole[:46], []))) == 46*64   # 3,000 scenes: an epoch is 46 batches without repetition
+
+
+@pytest.mark.sample
+def test_all_coco_photographs(sample_data):
+    data, whole = (open_dataset("coco", sample_data/"coco_ccby_small", split="all", mode=m) for m in ("crop", "squash"))
+    cropped, share = (torch.cat([b["mask"].float().mean((1, 2)) for b in batches(d, 26)]) for d in (data, whole))
+    assert len(data) == len(cropped) == len(share) == 104 and not data.skipped
+    assert .01 < share.min() and share.max() < .95
+    splits = [len(open_dataset("coco", sample_data/"coco_ccby_small", split=s)) for s in ("train", "val")]
+    assert splits == [58, 46]
+
+
+@pytest.mark.sample
+def test_coco_crowds_and_captions(sample_data):
+    data = open_dataset("coco", sample_data/"coco_ccby_small", split="all", captions=True)
+    assert len(data) == 34 and all(len(data.captions[i]) == 5 for i in range(34))
+    assert len(data.skipped) == 70 and set(data.skipped.values()) == {"without instances or captions"}
+    all_rows = open_dataset("coco", sample_data/"coco_ccby_small", split="all")
+    assert sum(len(all_rows.instances(i)) for i in range(104)) == 974-13
+    assert {"person", "dog", "chair"} <= set(all_rows.classes) and len(all_rows.classes) == 80
+
+
+@pytest.mark.sample
+def test_cifar(sample_data):
+    train, val = (open_dataset("cifar10_small", sample_data/"cifar10_small", split=s) for s in ("train", "val"))
+    assert (len(train), len(val)) == (6000, 1500) and np.bincount(val.labels).tolist() == [150]*10
+    item = val[3]
+    assert item["image"].shape == (3, 32, 32) and item["caption"] == f"a photo of a {val.classes[item['label']]}"
+    raw = torch.from_numpy(np.asarray(val.picture(3)).copy()).permute(2, 0, 1)/255
+    assert torch.equal(raw, item["image"]) and Geometry(224).image(val.picture(3)).shape == (3, 224, 224)
