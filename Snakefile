@@ -1,53 +1,61 @@
 # The study as a graph: every job is one notebook, run by papermill into its own run folder.
 #
-#   snakemake -c2                                           the embedded world, one seed
-#   snakemake -c2 --config world=full seeds=3               another size, three seeds
-#   snakemake --profile NAME --config preset=paper          the papers' own settings, on a cluster
+#   snakemake -c2                                                    the embedded world, one seed
+#   snakemake -c2 --config world=full seeds=3                        another size, three seeds
+#   snakemake --profile NAME --config preset=paper world=imagenet    the papers' own settings, on a cluster
 #
 # A job runs again when its notebook, its YAML or the numbers it reads have changed in content (`--touch` accepts finished
 # runs after a change of prose). A training that was stopped goes on from its last checkpoint.
 import os
 import sys
 
+PRESET = config.get("preset", "tiny")
+WORLD = config.get("world", "quick")
+SEEDS = range(int(config.get("seeds", 1)))
 FOLDER = os.path.expanduser(os.environ.get("RECLIP_RUNS", "runs"))
-STUDY = FOLDER + "/{preset}/{world}-seed{seed}"
-PRESET, WORLD, SEEDS = config.get("preset", "tiny"), config.get("world", "quick"), int(config.get("seeds", 1))
+STUDY = f"{FOLDER}/{PRESET}/{{world}}-seed{{seed}}"
 
 # run: (notebook, runs it reads, its own parameters)
-MODELS = ["clip", "aft1", "aft4", "epg0.0", "epg0.2", "epg0.4", "epg0.6", "epg_from_clip"]
+SWEEP = ["epg0.0", "epg0.2", "epg0.4", "epg0.6"]
+START = "aft4_coco" if PRESET == "paper" else "aft4"   # [Re] 3.3: EPG starts from 5,000 steps of AFT4 on COCO
 RUNS = {
     "clip": ("train_clip", [], ""),
-    "aft1": ("train_aft", ["clip"], "-p eps_255 1"),
-    "aft4": ("train_aft", ["clip"], "-p eps_255 4"),
-    "epg0.0": ("train_epg", ["aft4"], "-p init aft4 -p w_s 0.0"),
-    "epg0.2": ("train_epg", ["aft4"], "-p init aft4 -p w_s 0.2"),
-    "epg0.4": ("train_epg", ["aft4"], "-p init aft4 -p w_s 0.4"),
-    "epg0.6": ("train_epg", ["aft4"], "-p init aft4 -p w_s 0.6"),
-    "epg_from_clip": ("train_epg", ["clip"], "-p init clip -p w_s 0.6"),
-    "localisation": ("localisation", MODELS, ""),
-    "saliency_gallery": ("saliency_gallery", MODELS, ""),
-    "report": ("report", ["localisation", "saliency_gallery"], ""),
+    "aft1": ("train_aft", ["clip"], "-p name aft1 -p eps_255 1"),
+    "aft4": ("train_aft", ["clip"], "-p name aft4 -p eps_255 4"),
+    "aft4_coco": ("train_aft", ["clip"], "-p name aft4_coco -p eps_255 4 -p data coco -p steps 5000"),
+    **{run: ("train_epg", [START], f"-p name {run} -p init {START} -p w_s {run[3:]}") for run in SWEEP},
+    "epg_from_clip": ("train_epg", ["clip"], "-p name epg_from_clip -p init clip -p w_s 0.6"),
+    "localisation": ("localisation", ["clip", "aft1", "aft4", *SWEEP], ""),
+    "saliency_gallery": ("saliency_gallery", ["clip", "aft1", "aft4", *SWEEP], ""),
+    "report": ("report", ["localisation", "saliency_gallery", "epg_from_clip"], ""),
 }
+if PRESET != "tiny": del RUNS["clip"]   # only the embedded world trains a CLIP of its own
+
+
+def settings(wildcards):
+    "YAML of the job: the preset's, then what the world changes."
+    notebook = RUNS[wildcards.run][0]
+    world = f"configs/{PRESET}/{wildcards.world}/{notebook}.yaml"
+    return [f"configs/{PRESET}/{notebook}.yaml", *filter(os.path.exists, [world])]
 
 
 def finished(wildcards):
-    "The runs a job reads; only the embedded world trains a CLIP of its own."
-    needed = [run for run in RUNS[wildcards.run][1] if run != "clip" or wildcards.preset == "tiny"]
-    return [f"{STUDY.format(**wildcards)}/{run}/metrics.json" for run in needed]
+    "The runs a job reads."
+    return [f"{STUDY.format(**wildcards)}/{run}/metrics.json" for run in RUNS[wildcards.run][1] if run in RUNS]
 
 
 rule all:
-    input: [STUDY.format(preset=PRESET, world=WORLD, seed=seed) + "/report/metrics.json" for seed in range(SEEDS)]
+    input: [STUDY.format(world=WORLD, seed=seed) + "/report/metrics.json" for seed in SEEDS]
 
 
 # one rule a notebook, so that a cluster profile can give each its own resources
 for notebook in dict.fromkeys(notebook for notebook, _, _ in RUNS.values()):
     rule:
         name: notebook
-        message: "{wildcards.preset}/{wildcards.world}-seed{wildcards.seed}/{wildcards.run}"
+        message: f"{PRESET}/{{wildcards.world}}-seed{{wildcards.seed}}/{{wildcards.run}}"
         input:
             notebook=f"nbs/{notebook}.ipynb",
-            settings="configs/{preset}/" + f"{notebook}.yaml",
+            settings=settings,
             runs=finished
         output: STUDY + "/{run}/metrics.json"
         log: STUDY + "/{run}/log.txt"
@@ -56,10 +64,10 @@ for notebook in dict.fromkeys(notebook for notebook, _, _ in RUNS.values()):
         params:
             python=sys.executable,
             executed=STUDY + "/{run}/notebook.ipynb",
+            settings=lambda wildcards, input: " ".join(f"-f {file}" for file in input.settings),
+            study=f"-p study {PRESET}/{{world}}-seed{{seed}} -p world {{world}} -p seed {{seed}}",
             own=lambda wildcards: RUNS[wildcards.run][2]
         threads: 1
         shell:
-            "TQDM_MININTERVAL=30 {params.python:q} -m papermill {input.notebook} {params.executed:q} "
-            "-f {input.settings} -p study {wildcards.preset}/{wildcards.world}-seed{wildcards.seed} "
-            "-p world {wildcards.world} -p seed {wildcards.seed} {params.own} "
-            "--no-progress-bar --log-output > {log:q} 2>&1"
+            "TQDM_MININTERVAL=30 {params.python:q} -m papermill {input.notebook} {params.executed:q} {params.settings} "
+            "{params.study} {params.own} --no-progress-bar --log-output > {log:q} 2>&1"

@@ -130,7 +130,7 @@ class CocoPhotos(Photos):
         if self.coco is None: return {}
         return dict(mask=np.any([self.coco.annToMask(a) for a in self.instances(i)], axis=0))
 
-# %% ../nbs/api/02_data.ipynb #2509af01
+# %% ../nbs/api/02_data.ipynb #889cd861
 def coco(
     folder: Path,  # official layout or flat sample
     split: str,  # "train", "val", or "all" for a small sample
@@ -143,7 +143,7 @@ def coco(
     official = f"{split}2017"
     photos = first_existing("coco", folder, official, "images")
     find = lambda kind: first_existing("coco", folder, f"annotations/{kind}_{official}.json", f"{kind}.json")
-    files = {kind: read_coco(find(kind)) for kind, wanted in (("instances", masks), ("captions", captions)) if wanted}
+    files = {kind: read_coco(find(kind)) for kind in ["instances"] * masks + ["captions"] * captions}
     if not files: raise ValueError("coco with neither masks nor captions: ask for at least one of them")
     usable = lambda r: all(any(not a.get("iscrowd") for a in c.imgToAnns[r["id"]]) for c in files.values())
     rows = [r for _, r in sorted(next(iter(files.values())).imgs.items())

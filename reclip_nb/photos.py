@@ -68,7 +68,7 @@ def inside(
         raise ValueError(f"{name!r} leads out of {folder}: file names must stay below the data set's folder")
     return path
 
-# %% ../nbs/api/01_photos.ipynb #3becadf6
+# %% ../nbs/api/01_photos.ipynb #1c9d0efa
 class Photos(Dataset):
     "Photographs in a folder and what is known of each; unusable rows are in `skipped`; subclasses add masks."
     patience = 100  # unusable rows in a row after which the whole folder is taken to be broken
@@ -118,7 +118,7 @@ class Photos(Dataset):
         for j in range(i, i + self.patience):
             try: return self.read(j % len(self))
             except (Unreadable, EmptyMask) as e: self.skip(j % len(self), e)
-        raise Unreadable(f"{self.patience} rows from {self.names[i]!r} on unusable: is {self.folder} complete?")
+        raise Unreadable(f"{self.patience} unusable rows from {self.names[i]!r}: is {self.folder} complete?")
 
     def skip(self, i: int, error: Exception):
         "Note an unusable row, or raise where `on_error` says so."

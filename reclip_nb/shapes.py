@@ -88,12 +88,12 @@ def _outline_mask(shape: Shape, size: int) -> np.ndarray:
         case "triangle": return (y <= .75) & (y >= 2 * abs(x) - 1.1)
         case "cross": return (np.minimum(abs(x), abs(y)) <= .3) & (np.maximum(abs(x), abs(y)) <= 1)
 
-# %% ../nbs/api/01_shapes.ipynb #c25eeed7
+# %% ../nbs/api/01_shapes.ipynb #a5bc6ee8
 def _pattern_mask(pattern: str, world: World, rng: np.random.Generator) -> np.ndarray:
     "Where the second tone goes, (size, size) bool."
     y, x = _grid(world.size)
-    angle, period, *phase = rng.uniform((0, world.period[0], 0, 0), (np.pi, world.period[1], 1, 1))
-    if pattern == "striped": y, x = x * 0, x * np.cos(angle) + y * np.sin(angle)
+    period, *phase = rng.uniform((world.period[0], 0, 0), (world.period[1], 1, 1))
+    if pattern == "striped": x = (x + y * rng.choice((-1, 1))) / 2**.5
     u, v = (x / period + phase[0]) % 1, (y / period + phase[1]) % 1
     match pattern:
         case "plain": return np.zeros(x.shape, bool)
@@ -105,7 +105,7 @@ def _paint(image: np.ndarray, shape: Shape, world: World, rng: np.random.Generat
     "Draw one object into image (size, size, 3), in place; its mask, (size, size) bool."
     mask = _outline_mask(shape, world.size)
     base = np.array(COLOURS[shape.colour]) / 255 + rng.normal(0, world.jitter, 3)
-    second = .25 * base + .75 * rng.integers(2)  # towards black or white
+    second = .45 * base + .55 * rng.integers(2)  # towards black or white
     tones = np.stack([base, second]).astype(np.float32)
     image[mask] = tones[_pattern_mask(shape.pattern, world, rng)[mask].astype(int)]
     return mask
@@ -121,7 +121,7 @@ def _layout(count: int, world: World, rng: np.random.Generator) -> tuple[np.ndar
         if all(np.hypot(*(centres[i] - centres[j])) > 1.13 * (radii[i] + radii[j]) for i, j in pairs):
             return centres, radii
 
-# %% ../nbs/api/01_shapes.ipynb #e9655b98
+# %% ../nbs/api/01_shapes.ipynb #73cc6dfd
 @cache
 def _upsampler(cells: int, size: int) -> np.ndarray:
     "Linear interpolation from a coarse to a fine grid as a matrix, (size, cells) float32."
@@ -147,7 +147,7 @@ def _background(world: World, rng: np.random.Generator) -> np.ndarray:
         height, width = rng.integers(2, size // 8 + 1, 2)
         top, left = rng.integers(0, (size - height, size - width))
         image[top:top + height, left:left + width] = rng.random(3)
-    return .2 + .6 * image  # calmer than the objects, or minutes are not enough to learn the patterns
+    return .3 + .4 * image  # calmer than the objects, or minutes are not enough to learn the patterns
 
 # %% ../nbs/api/01_shapes.ipynb #d602f052
 @dataclass(frozen=True)
@@ -198,10 +198,10 @@ def content_id(shapes: Sequence[Shape]) -> int:
     "One number per multiset of (colour, pattern); outlines, places and order do not count."
     return sum((label + 1) * (len(CLASSES) + 1)**k for k, label in enumerate(sorted(s.label for s in shapes)))
 
-# %% ../nbs/api/01_shapes.ipynb #343e76bc
+# %% ../nbs/api/01_shapes.ipynb #908388de
 class ShapesDataset(Dataset):
     "Scenes in memory; items have image, mask, caption, id and, for zero-shot images, label."
-    classes = CLASSES
+    classes, templates = CLASSES, ("a photo of a {}",)
 
     def __init__(
         self,

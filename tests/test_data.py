@@ -1,4 +1,4 @@
-"""Data sets on small stand-ins: broken files, odd colour modes, crowds, empty masks, missing folders; and real photographs."""
+"""Data sets on stand-ins (broken files, odd colours, crowds, empty masks, nothing) and real photographs."""
 import io
 import json
 import pickle
@@ -12,6 +12,7 @@ from reclip_nb.batches import batches, step_batches
 from reclip_nb.data import ORIGINS, READERS, WNIDS, data_root, open_dataset
 from reclip_nb.photos import Geometry, Unreadable
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")   # pycocotools under NumPy 2
 quiet = pytest.mark.filterwarnings("ignore:left out")
 
 
@@ -44,18 +45,20 @@ def test_every_colour_mode_and_every_broken_file(folder):
     data = open_dataset("imagefolder", folder, size=32)
     items = [data[i] for i in range(len(data))]
     assert data.classes == ["cat", "dog"] and len(data) == 7
-    assert all(x["image"].shape == (3, 32, 32) and 0 <= x["image"].min() and x["image"].max() <= 1 for x in items)
+    images = torch.stack([x["image"] for x in items])
+    assert images.shape == (7, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
     assert [x["index"] for x in items] == [0, 1, 4, 4, 4, 5, 6]
     assert list(data.skipped) == ["cat/2.jpg", "cat/3.jpg"] and "truncated" in data.skipped["cat/2.jpg"]
     with pytest.raises(IndexError): data[7]
-    with pytest.raises(Unreadable, match="3.jpg.*skip"): open_dataset("imagefolder", folder, on_error="raise")[3]
+    strict = open_dataset("imagefolder", folder, on_error="raise")
+    with pytest.raises(Unreadable, match="3.jpg.*skip"): strict[3]
 
 
 @quiet
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_files_do_not_shift_the_order(folder, workers):
     data = open_dataset("imagefolder", folder, split="train", size=16)
-    run = lambda start: [(s, b["id"], b["label"].tolist()) for s, b in step_batches(data, 3, 0, start, 6, workers)]
+    run = lambda start: [(s, b["id"]) for s, b in step_batches(data, 3, 0, start, 6, workers)]
     whole = run(0)
     assert [s for s, *_ in whole] == list(range(6)) and whole[3:] == run(3)
     assert set(data.skipped) == {"cat/2.jpg", "cat/3.jpg"}, "known in the main process"
@@ -66,14 +69,16 @@ def test_broken_files_do_not_shift_the_order(folder, workers):
 def test_evaluation_counts_nothing_twice(folder, workers):
     data = open_dataset("imagefolder", folder, size=16)
     seen = [i for b in batches(data, 2, workers=workers) for i in b["id"]]
-    assert seen == ["cat/0.jpg", "cat/1.jpg", "dog/4.png", "dog/5.png", "dog/6.jpg"] and len(data.skipped) == 2
+    assert seen == ["cat/0.jpg", "cat/1.jpg", "dog/4.png", "dog/5.png", "dog/6.jpg"]
+    assert len(data.skipped) == 2
     assert [b["index"].tolist() for b in batches(data, 2, rows=[6, 2, 0])] == [[6], [0]]
 
 
 def test_a_wholly_broken_folder_is_an_error(tmp_path):
     (tmp_path/"val"/"cat").mkdir(parents=True)
     for i in range(3): (tmp_path/"val"/"cat"/f"{i}.jpg").write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(Unreadable, match="complete"): open_dataset("imagefolder", tmp_path)[0]
+    data = open_dataset("imagefolder", tmp_path)
+    with pytest.warns(UserWarning), pytest.raises(Unreadable, match="complete"): data[0]
 
 
 def square(x, y, side): return [[x, y, x+side, y, x+side, y+side, x, y+side]]
@@ -81,22 +86,23 @@ def square(x, y, side): return [[x, y, x+side, y, x+side, y+side, x, y+side]]
 
 @pytest.fixture
 def coco_folder(tmp_path):
-    "Official layout: a polygon pair with a crowd, an RLE, only a crowd, nothing, an instance outside the crop, no file."
+    "Official layout: 1 polygons and crowd, 2 RLE, 3 only a crowd, 4 nothing, 5 outside the crop, 6 no file."
     (tmp_path/"annotations").mkdir(), (tmp_path/"val2017").mkdir()
     images = [dict(id=i, file_name=f"{i}.jpg", width=80, height=40) for i in range(1, 7)]
     for i in range(1, 6): (tmp_path/"val2017"/f"{i}.jpg").write_bytes(jpeg(80, 40))
     rle = np.zeros((40, 80), np.uint8); rle[10:20, 30:50] = 1
     flat = rle.flatten(order="F"); edges = np.flatnonzero(np.diff(flat))+1
     counts = np.diff([0, *edges, flat.size]).tolist()
-    rows = [(1, square(25, 5, 10), 0), (1, square(30, 10, 10), 0), (1, dict(size=[40, 80], counts=[0, 3200]), 1),
-            (2, dict(size=[40, 80], counts=counts), 0), (3, dict(size=[40, 80], counts=[0, 3200]), 1),
-            (5, square(0, 5, 8), 0), (6, square(30, 5, 10), 0)]
-    annotations = [dict(id=k, image_id=i, category_id=1, segmentation=s, iscrowd=c, area=100, bbox=[0, 0, 1, 1])
+    crowd = dict(size=[40, 80], counts=[0, 3200])
+    rows = [(1, square(25, 5, 10), 0), (1, square(30, 10, 10), 0), (1, crowd, 1), (3, crowd, 1),
+            (2, dict(size=[40, 80], counts=counts), 0), (5, square(0, 5, 8), 0), (6, square(30, 5, 10), 0)]
+    annotations = [dict(id=k, image_id=i, category_id=1, segmentation=s, iscrowd=c, area=1, bbox=[0, 0, 1, 1])
                    for k, (i, s, c) in enumerate(rows, 1)]
     content = dict(images=images, annotations=annotations, categories=[dict(id=1, name="cat")])
     (tmp_path/"annotations"/"instances_val2017.json").write_text(json.dumps(content))
     texts = [dict(id=k, image_id=i, caption=f"text {k}") for k, i in enumerate((1, 1, 2, 4), 1)]
-    (tmp_path/"annotations"/"captions_val2017.json").write_text(json.dumps(dict(images=images, annotations=texts)))
+    captions = json.dumps(dict(images=images, annotations=texts))
+    (tmp_path/"annotations"/"captions_val2017.json").write_text(captions)
     return tmp_path
 
 
@@ -104,7 +110,7 @@ def coco_folder(tmp_path):
 def test_coco_masks_are_unions_without_crowds(coco_folder):
     data = open_dataset("coco", coco_folder, size=40)
     assert list(data.names) == ["1.jpg", "2.jpg", "5.jpg", "6.jpg"] and data.classes == ["cat"]
-    assert data[0]["mask"].sum() == 100+100-25 and data[1]["mask"].sum() == 200   # centre square: columns 20 to 60
+    assert data[0]["mask"].sum() == 100+100-25 and data[1]["mask"].sum() == 200   # crop: columns 20 to 60
     assert data[1]["mask"][10:20, 10:30].all()
     seen = [i for b in batches(data, 4) for i in b["id"]]
     assert seen == ["1.jpg", "2.jpg"] and sorted(data.skipped) == ["3.jpg", "4.jpg", "5.jpg", "6.jpg"]
@@ -140,7 +146,7 @@ def imagenet_s_folder(tmp_path):
     for wnid in WNIDS[:50]: (masks/wnid).mkdir(parents=True)
     for k, name in ((0, "a"), (49, "b"), (49, "test_only")):
         rgb = np.zeros((40, 40, 3), np.uint8)
-        rgb[10:20], rgb[20:25], rgb[30:] = (k+1, 0, 0), (232, 3, 0), (k+2, 0, 0)   # own class, ignore, another class
+        rgb[10:20], rgb[20:25], rgb[30:] = (k+1, 0, 0), (232, 3, 0), (k+2, 0, 0)   # own, ignore, other
         Image.fromarray(rgb).save(masks/WNIDS[k]/f"{name}.png")
     for k, name in ((0, "a"), (49, "b")):
         photos = tmp_path/"imagenet"/"ILSVRC2012_img_val"/WNIDS[k]
@@ -149,20 +155,21 @@ def imagenet_s_folder(tmp_path):
 
 
 def test_imagenet_s_ids_ignore_and_intersection(imagenet_s_folder):
-    data = open_dataset("imagenet_s", imagenet_s_folder/"s", size=40, subset=50, imagenet_root=imagenet_s_folder/"imagenet")
+    photos = imagenet_s_folder/"imagenet"
+    data = open_dataset("imagenet_s", imagenet_s_folder/"s", size=40, subset=50, imagenet_root=photos)
     assert [data[i]["label"] for i in range(len(data))] == [0, 49] and data.classes[0] == "tench"
     for i in range(2):
         assert data[i]["mask"][10:20].all() and data[i]["mask"].sum() == 400
         assert data[i]["ignore"][20:25].all() and data[i]["ignore"].sum() == 200
     assert data.skipped == {f"{WNIDS[49]}/test_only.png": "no photograph"}
-    with pytest.raises(FileNotFoundError, match="ImageNetS50/validation,|no validation "):
+    with pytest.raises(FileNotFoundError, match="no validation in .*ImageNetS50"):
         open_dataset("imagenet_s", imagenet_s_folder/"s", subset=50)
 
 
 def test_imagenet_s_refuses_missing_classes(imagenet_s_folder):
     (imagenet_s_folder/"s"/"ImageNetS50"/"validation-segmentation"/WNIDS[7]).rmdir()
     with pytest.raises(ValueError, match="49 class folders, not 50"):
-        open_dataset("imagenet_s", imagenet_s_folder/"s", subset=50, imagenet_root=imagenet_s_folder/"imagenet")
+        open_dataset("imagenet_s", imagenet_s_folder/"s", subset=50)
 
 
 def test_imagenet_labels_do_not_depend_on_what_is_there(imagenet_s_folder):
@@ -177,7 +184,7 @@ def test_missing_data_say_how_to_get_them(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIP_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError) as e: open_dataset(name)
     text = str(e.value)
-    assert str(tmp_path/name) in text and ORIGINS[name][0] in text and ORIGINS[name][1] in text and "RECLIP_DATA" in text
+    assert all(part in text for part in (str(tmp_path/name), *ORIGINS[name], "RECLIP_DATA"))
 
 
 def test_empty_class_folders_are_missing_data(tmp_path):
@@ -193,9 +200,9 @@ def test_roots(tmp_path, monkeypatch):
 
 
 def test_unknown_names_and_options(folder):
-    for bad in (dict(name="mnist"), dict(name="imagefolder", split="test"), dict(name="imagefolder", root=folder, mode="pad"),
-                dict(name="imagefolder", root=folder, on_error="ignore")):
-        with pytest.raises(ValueError, match="choose"): open_dataset(**bad)
+    good = dict(name="imagefolder", root=folder)
+    for bad in (dict(name="mnist"), dict(split="test"), dict(mode="pad"), dict(on_error="ignore")):
+        with pytest.raises(ValueError, match="choose"): open_dataset(**good | bad)
     with pytest.raises(TypeError): open_dataset("imagefolder", folder, captions=True)
 
 
@@ -206,17 +213,19 @@ def test_data_sets_can_go_to_spawned_workers(coco_folder, folder):
 
 def test_steps_over_shapes_resume():
     data = open_dataset("shapes", world="smoke", split="train")
-    whole, late = ([b["index"].tolist() for _, b in step_batches(data, 64, 3, start, 50)] for start in (0, 47))
+    rows = lambda start: [b["index"].tolist() for _, b in step_batches(data, 64, 3, start, 50)]
+    whole, late = rows(0), rows(47)
     assert whole[47:] == late
     assert len(set(sum(whole[:46], []))) == 46*64   # 3,000 scenes: an epoch is 46 batches without repetition
 
 
 @pytest.mark.sample
 def test_all_coco_photographs(sample_data):
-    data, whole = (open_dataset("coco", sample_data/"coco_ccby_small", split="all", mode=m) for m in ("crop", "squash"))
-    cropped, share = (torch.cat([b["mask"].float().mean((1, 2)) for b in batches(d, 26)]) for d in (data, whole))
-    assert len(data) == len(cropped) == len(share) == 104 and not data.skipped
-    assert .01 < share.min() and share.max() < .95
+    for mode in ("crop", "squash"):
+        data = open_dataset("coco", sample_data/"coco_ccby_small", split="all", mode=mode)
+        share = torch.cat([b["mask"].float().mean((1, 2)) for b in batches(data, 26)])
+        assert len(data) == len(share) == 104 and not data.skipped
+    assert .01 < share.min() and share.max() < .95   # of the whole photographs
     splits = [len(open_dataset("coco", sample_data/"coco_ccby_small", split=s)) for s in ("train", "val")]
     assert splits == [58, 46]
 
@@ -233,9 +242,10 @@ def test_coco_crowds_and_captions(sample_data):
 
 @pytest.mark.sample
 def test_cifar(sample_data):
-    train, val = (open_dataset("cifar10_small", sample_data/"cifar10_small", split=s) for s in ("train", "val"))
+    root = sample_data/"cifar10_small"
+    train, val = (open_dataset("cifar10_small", root, split=s) for s in ("train", "val"))
     assert (len(train), len(val)) == (6000, 1500) and np.bincount(val.labels).tolist() == [150]*10
     item = val[3]
-    assert item["image"].shape == (3, 32, 32) and item["caption"] == f"a photo of a {val.classes[item['label']]}"
+    assert item["caption"] == f"a photo of a {val.classes[item['label']]}"
     raw = torch.from_numpy(np.asarray(val.picture(3)).copy()).permute(2, 0, 1)/255
     assert torch.equal(raw, item["image"]) and Geometry(224).image(val.picture(3)).shape == (3, 224, 224)

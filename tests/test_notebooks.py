@@ -1,4 +1,4 @@
-"""Library, theory and index notebooks as test cases. Experiments run through papermill elsewhere."""
+"""Library, theory and front pages as test cases. Experiments run through papermill elsewhere."""
 import os
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
 
 NBS = Path(__file__).resolve().parent.parent/"nbs"
-NOTEBOOKS = [NBS/"index.ipynb", *sorted(NBS.glob("api/*.ipynb")), *sorted(NBS.glob("theory/*.ipynb"))]
+NOTEBOOKS = [NBS/"index.ipynb", NBS/"results.ipynb", *sorted(NBS.glob("api/*.ipynb")), *sorted(NBS.glob("theory/*.ipynb"))]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS).with_suffix("")))

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/"reclip_nb"
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): p
-           for p in sorted(PACKAGE.rglob("*.py")) if p.name != "_modidx.py" and p != PACKAGE/"__init__.py"}
+           for p in sorted(PACKAGE.rglob("*.py"))
+           if p.name != "_modidx.py" and p != PACKAGE/"__init__.py" and p.read_text().strip()}   # empty: a folder's __init__
 each_module = pytest.mark.parametrize("module", MODULES)
 
 

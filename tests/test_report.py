@@ -1,0 +1,299 @@
+"Reports of made-up studies: complete, partial, empty, with undefined values; verdicts follow the numbers."
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import papermill
+import pytest
+
+from reclip_nb.metrics import METRICS
+from reclip_nb.paper import EXPERIMENTS
+from reclip_nb.report import comparison, report_json, sections, sweep, tradeoff
+from reclip_nb.runs import finish_run, runs_root, start_run, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEP = ("epg0.0", "epg0.2", "epg0.4", "epg0.6")
+MAPS = dict(clip=.30, aft1=.35, aft4=.50) | {m: .50+.08*i for i, m in enumerate(SWEEP)}
+CLEAN = dict(clip=.80, aft1=.78, aft4=.70, epg_from_clip=.20) | dict.fromkeys(SWEEP, .72)
+ROBUST = dict(clip=.10, aft1=.25, aft4=.40, epg_from_clip=.02) | dict.fromkeys(SWEEP, .42)
+METHODS = ("simple_gradient", "gradcam", "grad_eclip", "random", "center")
+NOT_YET = {"concepts", "probe_maps"} # findings without an experiment
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> Path:
+    "The folder of all studies."
+    monkeypatch.setenv("RECLIP_RUNS", str(tmp_path/"runs"))
+    return tmp_path/"runs"
+
+
+def train(study: str, name: str, **changed):
+    "A finished training run."
+    experiment = "train_clip" if name == "clip" else "train_aft" if name.startswith("aft") else "train_epg"
+    metrics = dict(clean=CLEAN[name], n=384, robust_2=ROBUST[name], robust_4=ROBUST[name]/2, n_robust=192, energy={})
+    if experiment == "train_epg": metrics |= dict(aft=.9, epg=.76) if name == "epg_from_clip" else dict(aft=.1, epg=.45)
+    finish_run(start_run(study, name, experiment, {}), metrics | changed)
+
+
+def localise(study: str, models=MAPS, shift: float = 0, protocol: str = "", **changed):
+    "A finished localisation run; `changed` values are keyed model/method/metric."
+    rows = [dict(metric=metric.label, mean=changed.get(f"{m}/{k}/{name}", MAPS[m]+shift), n=384, undefined=0, chance=.14, ceiling=1.,
+                 interval="normal", model=m, method=k) for m in models for k in METHODS for name, metric in METRICS.items()]
+    rows = [r | dict(low=r["mean"]-.02, high=r["mean"]+.02) | (dict(protocol=protocol) if protocol else {}) for r in rows]
+    finish_run(start_run(study, "localisation", "localisation", {}, dict(upsampling="bilinear", ties="stable")), dict(table=rows))
+
+
+def gallery(study: str, models=("clip", "aft4", "epg0.6"), methods=("simple_gradient",)):
+    "A finished gallery without pictures."
+    finish_run(start_run(study, "saliency_gallery", "saliency_gallery", dict(models=models, methods=methods)), dict(figures=[]))
+
+
+def complete(study: str = "tiny/quick-seed0", shift: float = 0) -> str:
+    "A study with all its runs."
+    for name in CLEAN: train(study, name)
+    localise(study, shift=shift)
+    gallery(study)
+    return study
+
+
+def verdicts(*studies) -> dict[str, str]:
+    "Verdict of each finding."
+    return {f["id"]: f["verdict"] for f in report_json(studies)["findings"]}
+
+
+def status(report: dict) -> dict[str, str]:
+    "Status of each table and figure."
+    return {c["id"]: c["status"] for c in report["coverage"]}
+
+
+def texts(report: dict) -> str:
+    "All that a reader sees."
+    return "\n".join(sections(report).values())
+
+
+# Complete, partial, empty
+
+def test_complete_study():
+    report = report_json([complete()])
+    assert report["missing"] == {"tiny/quick-seed0": []}
+    found = {f["id"]: f["verdict"] for f in report["findings"]}
+    assert {k for k, v in found.items() if v == "not measured"} == NOT_YET and "fails" not in found.values()
+    assert {c["id"]: c["verdict"] for c in report["claims"]} == dict(
+        claim1="holds", claim2="not measured", claim3="not measured", claim4="holds", epg="holds")
+    known = status(report)
+    assert known.keys() == {i for ids in EXPERIMENTS.values() for i in ids}
+    assert {i for i, s in known.items() if s == "measured"} == {"re.table6", "re.fig5"}
+    assert {i for i, s in known.items() if s == "partly measured"} == {"re.table1", "re.fig1"}
+    assert "zero_shot" in next(c["reason"] for c in report["coverage"] if c["id"] == "re.table4")
+
+
+def test_values_stand_beside_the_paper():
+    report = report_json([complete()])
+    t1 = comparison(report, "re.table1").query("protocol == 'zero_shot' and saliency == 'simple_gradient'")
+    assert [*zip(t1["model"], t1["source"], t1["PG"])] == [
+        ("clip", "paper", "9.5"), ("clip", "measured, tiny", "30.0 [28.0, 32.0]"), ("aft1", "measured, tiny", "35.0 [33.0, 37.0]"),
+        ("aft4", "paper", "33.3"), ("aft4", "original authors", "33.3"), ("aft4", "measured, tiny", "50.0 [48.0, 52.0]")]
+    t6 = comparison(report, "re.table6").query("w_s == 0.6 and saliency == 'grad_eclip'")
+    assert [*t6["IoU"]] == ["21.5", "74.0 [72.0, 76.0]"]
+    t4 = comparison(report, "re.table4").query("eps_255 == 2 and model == 'aft4'")
+    assert [*zip(t4["average"], t4["probe"])] == [("28.6", "–"), ("28.0", "–"), ("–", "40.0 [33.3, 47.1]")]
+    assert (comparison(report, "re.table1")["saliency"] == "center").sum() == 1         # a control looks at no model
+    assert [*tradeoff(report)["model"]] == ["clip", "aft1", "aft4", *SWEEP, "epg_from_clip"]
+    assert sweep(report)["w_s"].tolist() == [0, .2, .4, .6]
+
+
+def test_every_table_says_protocol_preset_and_images():
+    text = sections(report_json([complete()]))
+    for heading in ("[Re] Table 1", "[Re] Table 6"):
+        assert "Protocol of `localisation`. upsampling: bilinear" in text[heading] and "tiny/quick, seeds 0" in text[heading]
+        assert "384 images" in text[heading] and "Chance: PG 14.0" in text[heading]
+    assert "PGD-10" in text["[Re] Table 4 (the probe beside it)"] and "192 to 384 images" in text["Trade-off"]
+
+
+def test_partial_study_says_what_is_missing():
+    study = "tiny/quick-seed0"
+    train(study, "clip")
+    train(study, "aft4")
+    report = report_json([study])
+    assert report["missing"][study][:2] == ["aft1", "epg0.0"] and "localisation" in report["missing"][study]
+    found = verdicts(study)
+    assert found["aft_robust"] == "holds" and found["aft4_clean"] == "reported"
+    assert found["aft_pg"] == found["epg_from_clip"] == found["aft1_clean"] == "not measured"
+    assert "missing: localisation of clip and aft4" in texts(report) and status(report)["re.table1"] == "not measured"
+    localise(study, ["clip", "epg0.2"])
+    gallery(study, models=("clip",))
+    report = report_json([study])
+    assert status(report)["re.table1"] == status(report)["re.table6"] == "partly measured"
+    assert status(report)["re.fig1"] == status(report)["re.fig5"] == "not measured"      # a gallery without AFT and EPG
+    assert verdicts(study)["epg_energy"] == "not measured" and len(sweep(report)) == 1
+
+
+def test_empty_study(runs):
+    (runs/"tiny/quick-seed0").mkdir(parents=True)
+    start_run("tiny/quick-seed0", "clip", "train_clip", {})                              # begun, not finished
+    report = report_json(["tiny/quick-seed0"])
+    assert {f["verdict"] for f in report["findings"]} == {c["verdict"] for c in report["claims"]} == {"not measured"}
+    assert {*status(report).values()} == {"not measured"} and report["runs"] == [] and tradeoff(report).empty
+    assert "Nothing measured here" in texts(report)
+
+
+def test_unknown_study_is_named(runs):
+    complete()
+    with pytest.raises(FileNotFoundError, match=r"no study 'tiny/full-seed0' in .*found: \['tiny/quick-seed0'\].*make reproduce"):
+        report_json(["tiny/quick-seed0", "tiny/full-seed0"])
+    shutil.rmtree(runs)
+    with pytest.raises(FileNotFoundError, match="found: none"): report_json(["tiny/quick-seed0"])
+
+
+def test_presets_do_not_mix():
+    with pytest.raises(ValueError, match="one preset and world"): report_json([complete(), complete("tiny/smoke-seed0")])
+
+
+def test_corrupt_metrics_are_named(runs):
+    complete()
+    (runs/"tiny/quick-seed0/aft4/metrics.json").write_text('{"clean": .')
+    with pytest.raises(ValueError, match="aft4/metrics.json is not valid JSON"): report_json(["tiny/quick-seed0"])
+
+
+# Undefined values and seeds
+
+@pytest.mark.parametrize("undefined", [math.nan, None])
+def test_undefined_values_are_missing_values(undefined):
+    study = complete()
+    train(study, "aft4", robust_2=undefined)
+    localise(study, **{"aft4/simple_gradient/energy_pointing": math.nan})
+    report, found = report_json([study]), verdicts(study)
+    assert found["aft_robust"] == found["aft_energy"] == "not measured" and found["aft_pg"] == "holds"
+    assert status(report)["re.table1"] == "partly measured"
+    assert "nan" not in texts(report).lower().split() and "None" not in texts(report).split()
+    row = comparison(report, "re.table1").query("saliency == 'simple_gradient' and model == 'aft4' and source == 'measured, tiny'")
+    assert row["PG-energy"].item() == "–"
+    json.dumps(report, allow_nan=False)
+
+
+def test_three_seeds_give_mean_and_range():
+    studies = [complete(f"tiny/quick-seed{i}", shift) for i, shift in enumerate((-.1, 0, .04))]
+    report = report_json(studies)
+    assert report["seeds"] == [0, 1, 2]
+    row = next(r for r in report["models"] if r["model"] == "aft4" and r["metric"] == "iou")
+    assert [round(row[k], 3) for k in ("mean", "low", "high")] == [.48, .4, .54] and row["interval"] == "range of seeds"
+    assert {k: round(v, 2) for k, v in row["per_seed"].items()} == dict(zip(studies, (.4, .5, .54)))
+    assert "lowest and highest seed" in texts(report) and "over images" not in texts(report)
+
+
+def test_one_seed_may_lack_a_run(runs):
+    studies = [complete(f"tiny/quick-seed{i}") for i in range(2)]
+    shutil.rmtree(runs/studies[1]/"aft4")
+    report = report_json(studies)
+    f = next(f for f in report["findings"] if f["id"] == "aft_robust")
+    assert f["verdict"] == "holds" and [*f["per_seed"]] == studies[:1] and report["missing"] == {studies[0]: [], studies[1]: ["aft4"]}
+
+
+def test_the_mean_of_the_seeds_decides():
+    studies = [complete(f"tiny/quick-seed{i}") for i in range(3)]
+    localise(studies[0], **{"aft4/simple_gradient/pointing_game": .25})                    # one seed against: -5, +20, +20
+    assert verdicts(studies[0])["aft_pg"] == "fails" and verdicts(*studies)["aft_pg"] == "holds"
+
+
+def test_protocols_that_differ_are_both_shown():
+    studies = [complete(f"tiny/quick-seed{i}") for i in range(2)]
+    run = start_run(studies[1], "localisation", "localisation", {}, dict(upsampling="nearest"))
+    finish_run(run, dict(table=[]))
+    assert sections(report_json(studies))["[Re] Table 1"].count("Protocol of `localisation`") == 2
+
+
+# Rules
+
+FLIPS = {
+    "aft_pg": dict(maps={"aft4/simple_gradient/pointing_game": .29}),
+    "aft_energy": dict(maps={"aft4/simple_gradient/energy_pointing": .36}),             # +6 points, 6.95 are needed
+    "aft_gradcam": dict(maps={"aft4/gradcam/average_precision": .29}),
+    "aft_grad_eclip": dict(maps={"aft4/grad_eclip/iou": .29}),
+    "aft_robust": dict(name="aft4", robust_2=.23),                                      # +13 points, 13.3 are needed
+    "epg_ap_grows": dict(maps={"epg0.4/simple_gradient/average_precision": .57}),
+    "epg_energy_grows": dict(maps={"epg0.2/simple_gradient/energy_pointing": .49}),
+    "epg_from_clip": dict(name="epg_from_clip", clean=.41),
+}
+
+
+@pytest.mark.parametrize("id", FLIPS)
+def test_one_number_flips_one_verdict(id):
+    study, change = complete(), dict(FLIPS[id])
+    before = verdicts(study)
+    assert before[id] == "holds"
+    if "maps" in change: localise(study, **change["maps"])
+    else: train(study, **change)
+    assert {k: v for k, v in verdicts(study).items() if v != before[k]} == {id: "fails"}
+
+
+@pytest.mark.parametrize("metric", ["energy_pointing", "average_precision"])
+def test_epg_must_beat_its_control(metric):
+    study = complete()
+    localise(study, **{f"{m}/simple_gradient/{metric}": .5+.001*i for i, m in enumerate(reversed(SWEEP))})
+    found, short = verdicts(study), {"energy_pointing": "energy", "average_precision": "ap"}[metric]
+    assert found[f"epg_{short}"] == found[f"epg_{short}_grows"] == "fails"
+    claim = next(c for c in report_json([study])["claims"] if c["id"] == "epg")
+    assert claim["verdict"] == "partly"
+
+
+@pytest.mark.parametrize("changed", [dict(aft=.05), dict(epg=.4)])
+def test_epg_from_clip_fails_only_on_all_three_counts(changed):
+    study = complete()
+    train(study, "epg_from_clip", **changed)
+    assert verdicts(study)["epg_from_clip"] == "fails"
+
+
+def test_margins_belong_to_the_embedded_world():
+    margins = {w: {f["id"]: f["margin"] for f in report_json([complete(f"{w}-seed0")])["findings"]}
+               for w in ("tiny/smoke", "tiny/full", "paper/quick")}
+    ids = ("aft_energy", "aft_robust", "epg_energy")
+    assert [margins["tiny/smoke"][i] for i in ids] == [.059/2, .099/2, .079/2]
+    assert [margins["tiny/full"][i] for i in ids] == [.188/2, .26/2, .122/2]
+    assert [margins["paper/quick"][i] for i in ids] == [0, 0, 0] and margins["tiny/full"]["aft_pg"] == 0
+
+
+def test_linear_probe_maps_are_judged_when_they_appear():
+    study = complete()
+    localise(study, protocol="linear_probe")
+    found = verdicts(study)
+    assert found["probe_maps"] == "holds" and found["aft_pg"] == "not measured"
+
+
+def test_later_experiments_are_found():
+    study = complete()
+    for name in ("retrieval", "legrad_perturbation"): finish_run(start_run(study, name, name, {}), {})
+    known = status(report_json([study]))
+    assert known["re.table5"] == known["legrad.table9"] == "measured" and known["legrad.table6"] == "partly measured"
+
+
+# The file and the notebooks
+
+def test_report_is_deterministic_and_holds_no_path(runs, tmp_path):
+    studies = [complete(f"tiny/quick-seed{i}") for i in range(2)]
+    first, second = json.dumps(report_json(studies)), json.dumps(report_json(studies))
+    assert first == second and str(tmp_path) not in first
+    assert sections(json.loads(first)) == sections(report_json(studies))                  # the JSON is enough to show everything
+
+
+@pytest.mark.graph
+def test_report_notebook_writes_its_files(tmp_path):
+    for i in range(2): complete(f"tiny/quick-seed{i}")
+    out = tmp_path/"out.ipynb"
+    papermill.execute_notebook(ROOT/"nbs"/"report.ipynb", out, dict(seeds=2), progress_bar=False)
+    folder = runs_root()/"tiny"/"quick"/"report"
+    assert json.loads((folder/"report.json").read_text()) == report_json(["tiny/quick-seed0", "tiny/quick-seed1"])
+    assert (folder/"report.md").read_text().startswith("## Claims") and (folder/"sweep.png").stat().st_size > 5000
+    assert json.loads((folder/"metrics.json").read_text())["findings"]["aft_pg"] == "holds"
+
+
+@pytest.mark.graph
+def test_results_page_needs_only_its_file(tmp_path, monkeypatch):
+    write_json(tmp_path/"nbs"/"results"/"tiny_quick.json", report_json([complete()]))
+    monkeypatch.setenv("RECLIP_ROOT", str(tmp_path))
+    monkeypatch.setenv("RECLIP_RUNS", str(tmp_path/"nothing"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT)+os.pathsep+os.environ.get("PYTHONPATH", ""))
+    papermill.execute_notebook(ROOT/"nbs"/"results.ipynb", tmp_path/"out.ipynb", progress_bar=False)
+    text = (tmp_path/"out.ipynb").read_text()
+    assert "50.0 [48.0, 52.0]" in text and "image/png" in text
