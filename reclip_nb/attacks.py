@@ -6,10 +6,11 @@
 __all__ = ['PENALTIES', 'check_budget', 'pixel_l2', 'huber_dual', 'elastic', 'block_l2', 'project', 'step_direction', 'draw',
            'gaussian', 'noisy', 'pgd']
 
-# %% ../nbs/api/03_attacks.ipynb #1325d156
+# %% ../nbs/api/03_attacks.ipynb #5a365a3b
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 # %% ../nbs/api/03_attacks.ipynb #a0798807
 def check_budget(
@@ -22,14 +23,42 @@ def check_budget(
             hint = f"; did you mean {v:g}/255?" if isinstance(v, (int, float)) and 1 < v <= 255 else ""
             raise ValueError(f"{name}={v!r} is not a fraction of the pixel range [0,1]{hint}")
 
-# %% ../nbs/api/03_attacks.ipynb #1e02033c
-def pixel_l2(delta, eps, eta): return eta/eps * torch.linalg.vector_norm(delta, dim=1).mean((1, 2))
-def huber_dual(delta, eps, eta): return eta/(2*eps) * delta.square().sum((1, 2, 3))
-def elastic(delta, eps, eta): return (delta.abs()-eps).clamp(min=0).square().sum((1, 2, 3))/(4*eta)
+# %% ../nbs/api/03_attacks.ipynb #b4144549
+def pixel_l2(
+    delta: torch.Tensor, # perturbation, (B,C,H,W)
+    eps: float, # budget, fraction of the pixel range
+    eta: float, # strength, fraction of the pixel range
+) -> torch.Tensor:
+    "The published code's penalty, (B,): eta/eps times the mean over pixels of the norm over channels."
+    return eta/eps * torch.linalg.vector_norm(delta, dim=1).mean((1, 2))
 
 
-def block_l2(delta, eps, eta, block: int = 14):
-    cells = torch.nn.functional.avg_pool2d(delta.square(), block, ceil_mode=True, divisor_override=1).sum(1)
+def huber_dual(
+    delta: torch.Tensor, # perturbation, (B,C,H,W)
+    eps: float, # budget, fraction of the pixel range
+    eta: float, # strength, fraction of the pixel range
+) -> torch.Tensor:
+    "The conjugate of [Re] Eq. 6 inside the eps box, (B,): eta/(2 eps) times the sum of squares."
+    return eta/(2*eps) * delta.square().sum((1, 2, 3))
+
+
+def elastic(
+    delta: torch.Tensor, # perturbation, (B,C,H,W)
+    eps: float, # budget, fraction of the pixel range
+    eta: float, # strength, fraction of the pixel range
+) -> torch.Tensor:
+    "Soft budget, (B,): squared excess over eps divided by 4 eta; use it with norm='none'."
+    return (delta.abs()-eps).clamp(min=0).square().sum((1, 2, 3))/(4*eta)
+
+
+def block_l2(
+    delta: torch.Tensor, # perturbation, (B,C,H,W)
+    eps: float, # budget, fraction of the pixel range
+    eta: float, # strength, fraction of the pixel range
+    block: int = 14, # side of a block, pixels
+) -> torch.Tensor:
+    "Group penalty, (B,): eta/eps times the mean over blocks of their norm."
+    cells = F.avg_pool2d(delta.square(), block, ceil_mode=True, divisor_override=1).sum(1)
     return eta/eps * (cells+1e-24).sqrt().mean((1, 2))
 
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NORMALIZERS', 'feature_saliency', 'outside_share', 'epg_loss', 'EPG']
 
-# %% ../nbs/api/05_epg.ipynb #ffd89fbc
-import torch
-import torch.nn.functional as F
+# %% ../nbs/api/05_epg.ipynb #0c1ebfec
+from collections.abc import Callable
 
-from .aft import AFT
+import torch
+
 from .clip import Clip
 from .explain import input_gradient
 
@@ -60,11 +60,11 @@ def epg_loss(
     share, valid = outside_share(feature_saliency(clip, x, target, create_graph), mask, normalizer)
     return share.sum()/valid.sum().clamp(min=1)
 
-# %% ../nbs/api/05_epg.ipynb #f424fa76
+# %% ../nbs/api/05_epg.ipynb #29ac40e5
 class EPG:
     "L_adv + w_s L_EPG ([Re] §3.3) as an objective of the training loop; batches carry `image` and `mask`."
     def __init__(self,
-        aft: AFT, # the adversarial part, with student and frozen teacher
+        aft: Callable, # the adversarial objective, an `AFT`: its student is trained, its teacher frozen
         w_s: float = 0.6, # weight of the saliency term; 0 measures it without training on it
         normalizer: str = "full", # one of `NORMALIZERS`
     ):
