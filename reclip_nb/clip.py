@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'check_pixels', 'activation', 'Clip', 'WordTokenizer', 'read_state', 'unwrapped', 'visual_state', 'load_clip',
            'frozen', 'save_visual', 'save_clip', 'LoadReport', 'load_visual', 'base_clip', 'study_models']
 
-# %% ../nbs/api/02_clip.ipynb #b84e40ac
+# %% ../nbs/api/02_clip.ipynb #d2239790
 import copy
 import json
 import pickle
@@ -17,9 +17,11 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transformer import QuickGELU
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .runs import atomic, expand, load_run
@@ -122,11 +124,21 @@ class WordTokenizer:
             row[:len(words)+2] = torch.tensor([self.sot, *(self.ids[w] for w in words), self.eot])
         return out
 
-# %% ../nbs/api/02_clip.ipynb #bd881ece
+# %% ../nbs/api/02_clip.ipynb #c7c83e53
 _quick = dict(image_size=48, patch_size=8, width=128, layers=3, head_width=32)
 TINY = {"tiny": _quick,
         "tiny-smoke": _quick | dict(image_size=32, width=96, layers=2),
-        "tiny-cifar": _quick | dict(image_size=32, patch_size=4)}
+        "tiny-cifar": _quick | dict(image_size=32, patch_size=4),
+        "tiny-siglip": dict(image_size=48, patch_size=8, embed_dim=96, depth=3, num_heads=3)}   # timm's names
+
+
+def _siglip(vision: dict, text: dict) -> nn.Module:
+    "SigLIP's layout: timm transformer without class token, attentional pooler, no projection; separate text tower."
+    stand_in = dict(timm_model_name="test_vit", timm_pool="token", timm_proj="none", image_size=vision["image_size"])
+    model = open_clip.CustomTextCLIP(vision["embed_dim"], stand_in, text)
+    rest = {k: v for k, v in vision.items() if k != "image_size"}
+    model.visual.trunk = VisionTransformer(vision["image_size"], **rest, num_classes=0, class_token=False, global_pool="map")
+    return model
 
 
 def _tiny(name: str, words: list[str], image_size: int | None) -> Clip:
@@ -134,7 +146,8 @@ def _tiny(name: str, words: list[str], image_size: int | None) -> Clip:
     tok = WordTokenizer(words)
     text = dict(context_length=tok.context, vocab_size=tok.vocab_size, width=64, heads=2, layers=2)
     vision = TINY[name] | (dict(image_size=image_size) if image_size else {})
-    return Clip(open_clip.CLIP(64, vision, text), name, (.5,)*3, (.25,)*3, tok)
+    model = _siglip(vision, text) if name == "tiny-siglip" else open_clip.CLIP(64, vision, text)
+    return Clip(model, name, (.5,)*3, (.25,)*3, tok)
 
 # %% ../nbs/api/02_clip.ipynb #0fb33dbc
 def _torch_file(path: Path) -> dict:
@@ -234,12 +247,12 @@ def _load_published(clip: Clip, tag: str):
                            "Fetch them once with internet access, or pass the path of a file as `pretrained`.") from e
     open_clip.load_checkpoint(clip.model, path, strict=True)
 
-# %% ../nbs/api/02_clip.ipynb #6863d10e
+# %% ../nbs/api/02_clip.ipynb #85389052
 def load_clip(
-    name: str = "tiny", # "tiny", "tiny-smoke", "tiny-cifar", or any of `open_clip.list_models()`
+    name: str = "tiny", # a key of `TINY`, or any of `open_clip.list_models()`
     pretrained: str | Path | None = None, # open_clip tag, path of a whole-model file, or None for random weights
     *,
-    image_size: int | None = None, # input size in pixels, if not the configuration's own
+    image_size: int | None = None, # input size in pixels, if neither the file's nor the configuration's own
     device: str = "cpu", # torch device
     seed: int = 0, # seed of random weights
     words: list[str] = WORDS, # vocabulary of a tiny model with random weights
@@ -249,7 +262,7 @@ def load_clip(
     state, meta = read_state(pretrained) if pretrained and not tag else (None, {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = _blank(name, tag, image_size, meta.get("words", words))
+        clip = _blank(name, tag, image_size or meta.get("image_size", [None])[0], meta.get("words", words))
     if tag: _load_published(clip, tag)
     if state is not None:
         _check_activation(clip, meta.get("activation"), str(pretrained))
@@ -297,7 +310,7 @@ def save_clip(
     words = {"words": clip.tokenizer.words} if isinstance(clip.tokenizer, WordTokenizer) else {}
     _save(clip.model, path, _facts(clip) | words | (meta or {}))
 
-# %% ../nbs/api/02_clip.ipynb #0f3811a3
+# %% ../nbs/api/02_clip.ipynb #15e6c0f6
 @dataclass(frozen=True)
 class LoadReport:
     "What `load_visual` found."
@@ -312,22 +325,23 @@ def load_visual(
     path: str | Path, # file in any of the layouts above, or "hf-hub:owner/name"
 ) -> LoadReport:
     "Load an image tower strictly. Raises ValueError (damaged file, other model, other activation), FileNotFoundError."
-    if str(path).startswith("hf-hub:"): path = open_clip.download_pretrained_from_hf(str(path)[7:])
+    if str(path).startswith("hf-hub:"): path = download_pretrained_from_hf(str(path)[7:])
     state, meta = read_state(path)
     state, layout = visual_state(state)
     _check_activation(clip, meta.get("activation"), str(path))
     _load_strict(clip.visual, state, str(path))
     return LoadReport(layout, len(state), meta.get("activation", "not recorded"), meta)
 
-# %% ../nbs/api/02_clip.ipynb #b9102b9a
+# %% ../nbs/api/02_clip.ipynb #afebef26
 def base_clip(
     study: str, # folder of the study
     model: str = "tiny", # configuration name
-    pretrained: str = "", # tag or path; empty: the study's run `clip` for tiny models, random weights otherwise
+    pretrained: str = "", # tag or path; empty: the study's run `clip` (`siglip`) for tiny models, random weights otherwise
     **kwargs, # further arguments of `load_clip`
 ) -> Clip:
     "The model a study starts from. Raises FileNotFoundError when the embedded CLIP has not been trained."
-    if not pretrained and model in TINY: pretrained = load_run(study, "clip", "papermill nbs/train_clip.ipynb")/"clip.safetensors"
+    name = "siglip" if model == "tiny-siglip" else "clip"
+    if not pretrained and model in TINY: pretrained = load_run(study, name, "papermill nbs/train_clip.ipynb")/"clip.safetensors"
     return load_clip(model, pretrained or None, **kwargs)
 
 

@@ -24,7 +24,7 @@ def feature_saliency(
     grad = input_gradient(clip, x, target[:, None], create_graph=create_graph)   # (B,1,3,H,W)
     return grad[:, 0].abs().sum(1)
 
-# %% ../nbs/api/05_epg.ipynb #fa6964ab
+# %% ../nbs/api/05_epg.ipynb #0488bb1d
 NORMALIZERS = ("full", "detach_inside", "detach_outside")
 
 
@@ -32,7 +32,7 @@ def outside_share(
     saliency: torch.Tensor, # non-negative maps, (B,H,W)
     mask: torch.Tensor, # foreground, (B,H,W), bool
     normalizer: str = "full", # one of `NORMALIZERS`
-    min_total: float = 1e-7, # maps with less mass are undefined
+    min_total: float = 1e-4, # maps with less mass are rounding noise and undefined
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "L_EPG per image and which images define it, both (B,); undefined (no mask, or no gradient) entries are 0."
     if normalizer not in NORMALIZERS: raise ValueError(f"normalizer={normalizer!r}; allowed: {', '.join(NORMALIZERS)}")

@@ -6,7 +6,7 @@
 __all__ = ['SHOWS', 'PARTS', 'EXTENSION', 'PROBE_CARD', 'coverage', 'report_json', 'percent', 'comparison', 'tradeoff', 'sweep',
            'markdown', 'caption', 'card', 'sections']
 
-# %% ../../nbs/api/07_report.ipynb #10a868e0
+# %% ../../nbs/api/07_report.ipynb #25cbe22a
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,10 +16,11 @@ import pandas as pd
 from ..metrics import METRICS
 from ..paper import CLAIMS, EXPERIMENTS, FIGURES, table, tables
 from .claims import LABELS, Finding, findings, verdict
-from .measured import COMPARED, EXPECTED, MODELS, PROBE, Study, compare, measurements, open_studies, over_seeds
+from .measured import (COMPARED, EXPECTED, MODELS, PROBE, Study, compare, measurements, open_studies,
+                                       over_seeds)
 from ..runs import plain
 
-# %% ../../nbs/api/07_report.ipynb #13a8a7e7
+# %% ../../nbs/api/07_report.ipynb #1cf2e9be
 SHOWS = {"re.fig1": ("models", "aft4"), "re.fig5": ("models", "epg0.6"), # what a gallery must hold
          "legrad.fig7": ("methods", "legrad"), "legrad.fig11": ("methods", "legrad")}
 PARTS = {"re.fig1": "panels (a) and (b); out-of-distribution images (c) and linear probe (d) have no run"}
@@ -30,10 +31,10 @@ def _status(id: str, studies: list[Study], summary: pd.DataFrame) -> tuple[str, 
     key, shown = SHOWS.get(id, ("", ""))
     notebooks = [nb for nb, ids in EXPERIMENTS.items() if id in ids]
     made = [nb for nb in notebooks if any(not key or shown in r.config[key] for s in studies for r in s.of(nb))]
-    if not made: return "not measured", f"no finished run of {', '.join(notebooks)}" + (f" that shows {shown}" if key else "")
+    if not made: return "not measured", f"no finished run of {', '.join(notebooks)}"+f" that shows {shown}"*bool(key)
     if id in COMPARED:
         cells = compare(id, summary).dropna(subset="paper")["mean"].notna()
-        return ("measured" if cells.all() else "partly measured"), f"{', '.join(made)}: {cells.sum()} of {len(cells)} cells"
+        return ("measured" if cells.all() else "partly measured"), f"{made[0]}: {cells.sum()} of {len(cells)} cells"
     if id in PARTS or made != notebooks: return "partly measured", PARTS.get(id, f"only {', '.join(made)}")
     return "measured", ", ".join(made)
 
@@ -48,8 +49,9 @@ def coverage(
     return [dict(id=i, title=known[i].title, where=known[i].where)
             | dict(zip(("status", "reason"), _status(i, studies, summary))) for i in ids]
 
-# %% ../../nbs/api/07_report.ipynb #91182460
-EXTENSION = dict(id="epg", title="EPG extension", found="supported", evidence=("re.table6", "re.table7", "re.fig4", "re.fig5"),
+# %% ../../nbs/api/07_report.ipynb #c7e85c06
+EXTENSION = dict(id="epg", title="EPG extension", found="supported",
+                 evidence=("re.table6", "re.table7", "re.fig4", "re.fig5"),
                  statement="explicit saliency supervision improves localization metrics while preserving most of the "
                            "adversarial robustness provided by AFT")
 PROBE_CARD = dict(task="zero-shot classification of held-out images", attack="PGD-10 on cross-entropy, uniform start, "
@@ -69,7 +71,7 @@ def _distinct(items: Sequence) -> list:
     "The items without repetitions."
     return [x for i, x in enumerate(items) if x not in items[:i]]
 
-# %% ../../nbs/api/07_report.ipynb #3297fd5c
+# %% ../../nbs/api/07_report.ipynb #f58fa258
 def report_json(
     names: Sequence[str], # studies below `runs_root()`, one a seed
 ) -> dict: # JSON-able, keys in a fixed order, no machine's paths
@@ -79,7 +81,8 @@ def report_json(
     parts, frame = studies[0].parts, measurements(studies)
     summary, found = over_seeds(frame), findings(frame, studies[0].parts)
     covered = coverage(studies, summary)
-    cards = {name: _distinct([i["protocol"] for _, n, i, _ in runs if n == name]) for _, name, i, _ in runs if i["protocol"]}
+    cards = {name: _distinct([i["protocol"] for _, n, i, _ in runs if n == name])
+             for _, name, info, _ in runs if info["protocol"]}
     on_text = summary["protocol"].eq("zero_shot") & summary["method"].isin(["simple_gradient", "probe"])
     return plain(dict(
         preset=parts["preset"], world=parts["world"], seeds=[s.parts["seed"] for s in studies], studies=names,
@@ -89,9 +92,10 @@ def report_json(
         tables={id: compare(id, summary).to_dict("records") for id in COMPARED},
         models=summary[on_text].drop(columns="protocol").to_dict("records"),
         coverage=covered, cards={"probe": [PROBE_CARD], **cards},
-        runs=[dict(study=s, run=n, seconds=i.get("seconds"), digest=i["digest"], energy=m.get("energy") or {}) for s, n, i, m in runs]))
+        runs=[dict(study=s, run=n, seconds=i.get("seconds"), digest=i["digest"], energy=m.get("energy") or {})
+              for s, n, i, m in runs]))
 
-# %% ../../nbs/api/07_report.ipynb #a8601435
+# %% ../../nbs/api/07_report.ipynb #eb8c6088
 def percent(
     mean: float | None, # fraction; None or NaN: missing
     low: float | None = None, # end of the interval
@@ -112,7 +116,8 @@ def comparison(
     for key, g in rows.groupby(index, sort=False):
         sources = {"paper": g["paper"].map(percent), "original authors": g["original"].map(percent),
                    f"measured, {report['preset']}": [*map(percent, g["mean"], g["low"], g["high"])]}
-        lines += [dict(zip(index, key), source=s) | dict(zip(g["metric"], v)) for s, v in sources.items() if {*v} != {"–"}]
+        lines += [dict(zip(index, key), source=s) | dict(zip(g["metric"], v))
+                  for s, v in sources.items() if {*v} != {"–"}]
     return pd.DataFrame(lines).fillna("–")
 
 
@@ -138,7 +143,7 @@ def sweep(
         rows.setdefault(float(r["model"][3:]), {}).update({k: 100*v for k, v in ends.items() if v is not None})
     return pd.DataFrame([dict(w_s=w) | rows[w] for w in sorted(rows)])
 
-# %% ../../nbs/api/07_report.ipynb #ac828780
+# %% ../../nbs/api/07_report.ipynb #b9bf37a3
 def markdown(
     frame: pd.DataFrame, # texts
 ) -> str:
@@ -151,16 +156,16 @@ def caption(
     report: dict, # from `report_json`
     rows: Sequence[dict], # measured rows: a table's, or `report["models"]`
 ) -> str:
-    "What the measured values are: preset, seeds, kind of interval, images, chance level."
-    preset = f"{report['preset']}/{report['world']}, seeds {', '.join(map(str, report['seeds']))}"
-    seen = pd.DataFrame([r for r in rows if r["mean"] is not None])
-    if seen.empty: return f"Percent. Nothing measured here ({preset})."
+    "What the measured values are: studies, kind of interval, images, chance level."
+    studies, seen = ", ".join(report["studies"]), pd.DataFrame([r for r in rows if r["mean"] is not None])
+    if seen.empty: return f"Percent. Nothing measured in {studies}."
     chance = seen.dropna(subset="chance").groupby("metric", sort=False)["chance"].mean()
     levels = ", ".join(f"{LABELS[k]} {100*v:.1f}" for k, v in chance.items())
-    ends = ["lowest and highest seed" if i == "range of seeds" else "95 % interval over images" for i in seen["interval"]]
+    names = {"range of seeds": "lowest and highest seed"}
+    ends = " or ".join(_distinct([names.get(i, "95 % interval over images") for i in seen["interval"]]))
     images = " to ".join(f"{n:.0f}" for n in _distinct([seen["n"].min(), seen["n"].max()]))
-    return (f"Percent. Measured: {preset}; mean [{' or '.join(_distinct(ends))}]; {images} images a seed"
-            " where the value is defined.") + (f" Chance: {levels}." if levels else "")
+    return (f"Percent. Measured: {studies}; mean [{ends}]; {images} images a seed where the value is defined."
+            + f" Chance: {levels}."*bool(levels))
 
 
 def card(
@@ -171,7 +176,7 @@ def card(
     return "\n".join(f"> Protocol of `{run}`. " + "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in c.items())
                      for c in report["cards"].get(run, []))
 
-# %% ../../nbs/api/07_report.ipynb #10efb118
+# %% ../../nbs/api/07_report.ipynb #61206321
 def _points(value: float | None) -> str:
     "A difference of fractions in points."
     return "–" if value is None else f"{100*value:+.1f}"
@@ -180,11 +185,11 @@ def _points(value: float | None) -> str:
 def _judged(report: dict) -> dict[str, str]:
     "Sections of claims and findings."
     titles = {c["id"]: c["title"] for c in report["claims"]}
-    claims = [{"claim": c["title"], "[Re] found": c["found"], "here": c["verdict"], "evidence without a (complete) run":
-               ", ".join(c["open"]) or "–"} for c in report["claims"]]
-    found = [{"claim": titles[f["claim"]], "statement": f["statement"], "verdict": f["verdict"], "value": _points(f["value"]),
-              "per seed": ", ".join(map(_points, f["per_seed"].values())) or "–", "rule": f["rule"], "detail": f["detail"] or "–"}
-             for f in report["findings"]]
+    claims = [{"claim": c["title"], "[Re] found": c["found"], "here": c["verdict"],
+               "evidence without a complete run": ", ".join(c["open"]) or "–"} for c in report["claims"]]
+    found = [{"claim": titles[f["claim"]], "statement": f["statement"], "verdict": f["verdict"],
+              "value": _points(f["value"]), "per seed": ", ".join(map(_points, f["per_seed"].values())) or "–",
+              "rule": f["rule"], "detail": f["detail"] or "–"} for f in report["findings"]]
     note = "Values in points (hundredths); of several quantities under one rule, the one nearest to failing."
     return {"Claims": markdown(pd.DataFrame(claims)), "Findings": f"{markdown(pd.DataFrame(found))}\n\n{note}"}
 
@@ -205,8 +210,8 @@ def sections(
     "The whole report, in reading order."
     cards = {"re.table1": "localisation", "re.table4": "probe", "re.table6": "localisation"}
     pages = {f"[Re] Table {id[-1]}"+" (the probe beside it)"*(id == "re.table4"): "\n\n".join([
-        markdown(comparison(report, id)), f"{table(id).title} ({table(id).where}). {caption(report, rows)}", card(report, cards[id])])
-        for id, rows in report["tables"].items()}
+        markdown(comparison(report, id)), f"{table(id).title} ({table(id).where}). {caption(report, rows)}",
+        card(report, cards[id])]) for id, rows in report["tables"].items()}
     models = "\n\n".join([markdown(tradeoff(report)), caption(report, report["models"]), card(report, "probe")])
     return _judged(report) | pages | {"Trade-off": models, "Coverage": markdown(pd.DataFrame(report["coverage"])),
                                       "Made by": _made_by(report)}

@@ -86,7 +86,7 @@ def measurements(
     numbers = [c for c in VALUES if c != "interval"]
     return frame.assign(**frame[numbers].apply(pd.to_numeric)).dropna(subset="mean").reset_index(drop=True)
 
-# %% ../../nbs/api/07_report_measured.ipynb #9306e8b7
+# %% ../../nbs/api/07_report_measured.ipynb #2343ff2c
 def over_seeds(
     frame: pd.DataFrame, # from `measurements`
 ) -> pd.DataFrame: # protocol, method, model, metric, mean, low, high, interval, n, chance, per_seed
@@ -94,18 +94,19 @@ def over_seeds(
     rows = []
     for key, g in frame.groupby(KEYS, sort=False):
         row, mean = g.iloc[0][VALUES].to_dict(), g["mean"]
-        if len(g) > 1: row |= dict(mean=mean.mean(), low=mean.min(), high=mean.max(), interval="range of seeds", n=g["n"].min())
+        if len(g) > 1:
+            row |= dict(mean=mean.mean(), low=mean.min(), high=mean.max(), interval="range of seeds", n=g["n"].min())
         rows.append(dict(zip(KEYS, key)) | row | dict(per_seed=dict(zip(g["study"], mean))))
     return pd.DataFrame(rows, columns=[*KEYS, *VALUES, "per_seed"])
 
-# %% ../../nbs/api/07_report_measured.ipynb #f98dfb3c
+# %% ../../nbs/api/07_report_measured.ipynb #bc2dd2b6
 def _published(id: str) -> pd.DataFrame:
     "The paper's cells in long form: index, metric, `paper`, and `original` of the original authors."
     t = table(id)
     long = t.fractions.melt([*t.index], var_name="metric", value_name="paper")
     if "model" not in long: return long.assign(original=None)
     theirs = long["model"].str.endswith("_original")
-    original = long[theirs].assign(model=long["model"].str.removesuffix("_original")).rename(columns=dict(paper="original"))
+    original = long[theirs].rename(columns=dict(paper="original")).replace("_original$", "", regex=True)
     return long[~theirs].merge(original, "left", on=[*t.index, "metric"])
 
 
@@ -116,8 +117,8 @@ def _maps(f: pd.DataFrame, models: str) -> pd.DataFrame:
 
 def _with_controls(f: pd.DataFrame) -> pd.DataFrame:
     "Table 1, and the controls once: they do not look at the model."
-    controls = f[f["method"].isin(CONTROLS)].drop_duplicates(["method", "metric"]).rename(columns=dict(method="saliency"))
-    return pd.concat([_maps(f, "clip|aft"), controls.assign(model="any")])
+    controls = f[f["method"].isin(CONTROLS)].drop_duplicates(["method", "metric"]).assign(model="any")
+    return pd.concat([_maps(f, "clip|aft"), controls.rename(columns=dict(method="saliency"))])
 
 def _sweep(f: pd.DataFrame) -> pd.DataFrame:
     "Localisation rows of the EPG models, by w_s."
@@ -132,11 +133,11 @@ def _probes(f: pd.DataFrame) -> pd.DataFrame:
 
 COMPARED = {"re.table1": _with_controls, "re.table4": _probes, "re.table6": _sweep}
 
-# %% ../../nbs/api/07_report_measured.ipynb #45e0c709
+# %% ../../nbs/api/07_report_measured.ipynb #f29a1baf
 def compare(
     id: str, # "re.table1", "re.table6", or "re.table4" for its average beside the probe
     summary: pd.DataFrame, # from `over_seeds`
-) -> pd.DataFrame: # the table's index, metric, paper, original, mean, low, high, interval, n, chance, per_seed; fractions
+) -> pd.DataFrame: # the table's index, metric, paper, original, then what `over_seeds` gives; fractions
     "A table of [Re] beside what was measured; either side may be missing. Raises ValueError for other tables."
     if id not in COMPARED: raise ValueError(f"no measurement is matched to {id!r}; there are: {', '.join(COMPARED)}")
     published, index = _published(id), [*table(id).index]
