@@ -3,7 +3,7 @@ PRESET ?= tiny
 WORLD ?= quick
 SEEDS ?= 1
 CORES ?= 2
-# more arguments for pytest, snakemake or pip: make test ARGS="-m 'not slow'"
+# more arguments for pytest, snakemake or pip: make test ARGS="-k aft"
 ARGS ?=
 PIP_ARGS ?=
 
@@ -12,11 +12,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: help install reproduce test readme docs
+.PHONY: help install reproduce test test-all readme docs
 
 help:
 	@echo "make reproduce   run the study (PRESET=$(PRESET) WORLD=$(WORLD) SEEDS=$(SEEDS) CORES=$(CORES)); finished runs are kept"
-	@echo "make test        run every test (ARGS=\"-m 'not slow'\" for the quick ones)"
+	@echo "make test        run the tests: notebooks, golden vectors, faults, photographs, structure, site"
+	@echo "make test-all    the same, and the recorded study once more"
 	@echo "make docs        build the site into _docs (needs Quarto)"
 	@echo "make readme      write README.md from nbs/index.ipynb"
 
@@ -34,6 +35,9 @@ reproduce: install
 		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) $(ARGS)
 
 test: install
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: install
 	$(BIN)/python -m pytest $(ARGS)
 
 readme: install
