@@ -85,7 +85,7 @@ def aft_loss(
     pull = distance(adv, clean.detach() if trades else target, loss, text)
     return clean_weight*distance(clean, target, loss, text) + (1-clean_weight)*pull
 
-# %% ../nbs/api/05_aft.ipynb #d6338171
+# %% ../nbs/api/05_aft.ipynb #b77b65ec
 class AFT:
     "Adversarial fine-tuning ([Re] Eq. 1) as an objective of the training loop."
     def __init__(self,
@@ -108,8 +108,10 @@ class AFT:
     @torch.no_grad()
     def references(self, batch: dict) -> tuple:
         "I_x, and T_x for Eq. 3."
-        text = self.student.encode_text(batch["caption"]) if self.objective == "text" else None
-        return self.teacher.encode_image(batch["image"], self.normalize), text
+        target = self.teacher.encode_image(batch["image"], self.normalize)
+        if self.objective == "image": return target, None
+        if "caption" not in batch: raise ValueError("objective='text' needs captions: shapes, cifar10_small, or coco with captions=True")
+        return target, self.student.encode_text(batch["caption"])
 
     def perturb(self, x, target, text, generator) -> torch.Tensor:
         "The attack, in evaluation mode."

@@ -34,7 +34,7 @@ def text_classifier(
     means = [clip.encode_text(texts).mean(0) for texts in prompts]
     return F.normalize(torch.stack(means), dim=-1)
 
-# %% ../nbs/api/05_zeroshot.ipynb #16b4e862
+# %% ../nbs/api/05_zeroshot.ipynb #15975285
 def prompts_of(
     dataset, # data set with `classes`, maybe `templates`
 ) -> list[list[str]]:
@@ -47,12 +47,13 @@ def held_out(
     name: str, # data set with labels
     root: str | None = None, # its folder
     device: str = "cpu", # torch device
+    limit: int = 1536, # images at most, evenly spaced; they are held in memory
     **own, # options of the data set: world and seed of the shapes, size
 ) -> tuple:
     "Held-out images (N,3,H,W), labels (N,) and prompts. Raises ValueError for a set without labels."
     extra = dict(kind="zero_shot") if name == "shapes" else {}
     data = open_dataset(name, root, split="val", **own, **extra)
-    items = [data[i] for i in range(len(data))]
+    items = [data[i] for i in torch.linspace(0, len(data)-1, min(limit, len(data))).long().tolist()]
     if "label" not in items[0]: raise ValueError(f"{name} has no labels for a zero-shot probe; set probe=False")
     labels = torch.tensor([i["label"] for i in items])
     return torch.stack([i["image"] for i in items]).to(device), labels.to(device), prompts_of(data)

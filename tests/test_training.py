@@ -62,6 +62,8 @@ def test_text_objective_is_bounded_by_the_image_objective(student, data):
     by_text, by_image = (aft_loss(student, batch["image"], zero, target, text=t) for t in (text, None))
     assert (by_text <= by_image+1e-6).all() and by_text.sum() > 0
     assert aft(batch, torch.Generator().manual_seed(0))["loss"].requires_grad
+    del batch["caption"]
+    with pytest.raises(ValueError, match="needs captions"): aft(batch, None)
 
 
 def test_clean_weight_and_trades(student, data):
