@@ -332,16 +332,18 @@ def load_visual(
     _load_strict(clip.visual, state, str(path))
     return LoadReport(layout, len(state), meta.get("activation", "not recorded"), meta)
 
-# %% ../nbs/api/02_clip.ipynb #afebef26
+# %% ../nbs/api/02_clip.ipynb #4626b6ae
 def base_clip(
     study: str, # folder of the study
-    model: str = "tiny", # configuration name
+    model: str = "tiny", # configuration name; "tiny" stands for the embedded model of the study, whatever its size
     pretrained: str = "", # tag or path; empty: the study's run `clip` (`siglip`) for tiny models, random weights otherwise
     **kwargs, # further arguments of `load_clip`
 ) -> Clip:
     "The model a study starts from. Raises FileNotFoundError when the embedded CLIP has not been trained."
     name = "siglip" if model == "tiny-siglip" else "clip"
-    if not pretrained and model in TINY: pretrained = load_run(study, name, "papermill nbs/train_clip.ipynb")/"clip.safetensors"
+    if not pretrained and model in TINY:
+        run = load_run(study, name, "papermill nbs/train_clip.ipynb")
+        model, pretrained = run.config["model"], run/"clip.safetensors"
     return load_clip(model, pretrained or None, **kwargs)
 
 

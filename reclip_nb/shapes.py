@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'PATTERNS', 'OUTLINES', 'OPENINGS', 'CLASSES', 'CONCEPTS', 'WORDS', 'WORLDS', 'SPLITS', 'KINDS', 'World',
-           'Shape', 'phrase', 'Scene', 'make_scene', 'concept_map', 'prompts', 'content_id', 'ShapesDataset']
+           'Shape', 'Scene', 'make_scene', 'concept_map', 'prompts', 'content_id', 'ShapesDataset']
 
 # %% ../nbs/api/01_shapes.ipynb #cd780010
 import itertools
@@ -49,7 +49,7 @@ def _rng(seed: int, split: str, kind: str, index: int) -> np.random.Generator:
         if given not in allowed: raise ValueError(f"no {given!r} here: choose one of {allowed}")
     return np.random.default_rng([seed, SPLITS.index(split), KINDS.index(kind), index])
 
-# %% ../nbs/api/01_shapes.ipynb #d5e0a4b4
+# %% ../nbs/api/01_shapes.ipynb #29b66714
 @dataclass(frozen=True)
 class Shape:
     "One object of a scene."
@@ -67,9 +67,9 @@ class Shape:
     @property
     def phrase(self) -> str:
         "What the caption says of it, with its article."
-        return phrase(CLASSES[self.label])
+        return _phrase(CLASSES[self.label])
 
-def phrase(name: str) -> str:
+def _phrase(name: str) -> str:
     "A class name with its indefinite article."
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -149,7 +149,7 @@ def _background(world: World, rng: np.random.Generator) -> np.ndarray:
         image[top:top + height, left:left + width] = rng.random(3)
     return .3 + .4 * image  # calmer than the objects, or minutes are not enough to learn the patterns
 
-# %% ../nbs/api/01_shapes.ipynb #d602f052
+# %% ../nbs/api/01_shapes.ipynb #d84aa9d8
 @dataclass(frozen=True)
 class Scene:
     "One image with everything that is true of it."
@@ -159,7 +159,7 @@ class Scene:
     caption: str
 
 def make_scene(
-    world: World,
+    world: World,  # statistics of the scenes and their size
     seed: int = 0,  # >= 0
     split: str = "train",  # one of SPLITS
     index: int = 0,  # position in the data set
@@ -178,23 +178,27 @@ def make_scene(
     image += world.noise * rng.standard_normal(image.shape, dtype=np.float32)
     return Scene((image.clip(0, 1) * 255).round().astype(np.uint8), instances, shapes, caption)
 
-# %% ../nbs/api/01_shapes.ipynb #06af1f53
-def concept_map(scene: Scene) -> np.ndarray:
+# %% ../nbs/api/01_shapes.ipynb #66137acb
+def concept_map(
+    scene: Scene,  # as from make_scene
+) -> np.ndarray:
     "Concept numbers (3, size, size) uint8 of colour, pattern, outline: 0 none, else 1 + place in CONCEPTS."
     named = [(s.colour, s.pattern, s.outline) for s in scene.shapes]
     numbers = [[1 + names.index(n) for n, names in zip(row, CONCEPTS.values())] for row in named]
     return np.array([(0, 0, 0), *numbers], np.uint8)[scene.instances].transpose(2, 0, 1)
 
-# %% ../nbs/api/01_shapes.ipynb #5d50cdbf
+# %% ../nbs/api/01_shapes.ipynb #c257ffdd
 def prompts(
     style: str = "single",  # "single": one opening; "ensemble": all three
 ) -> list[list[str]]:
     "Prompts of every class, 24 lists of 1 or 3."
     count = dict(single=1, ensemble=len(OPENINGS)).get(style)
     if count is None: raise ValueError(f"no prompt style {style!r}: choose 'single' or 'ensemble'")
-    return [[f"{opening} {phrase(name)}" for opening in OPENINGS[:count]] for name in CLASSES]
+    return [[f"{opening} {_phrase(name)}" for opening in OPENINGS[:count]] for name in CLASSES]
 
-def content_id(shapes: Sequence[Shape]) -> int:
+def content_id(
+    shapes: Sequence[Shape],  # objects of one scene, in any order
+) -> int:
     "One number per multiset of (colour, pattern); outlines, places and order do not count."
     return sum((label + 1) * (len(CLASSES) + 1)**k for k, label in enumerate(sorted(s.label for s in shapes)))
 

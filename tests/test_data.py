@@ -4,13 +4,15 @@ import json
 import pickle
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 
 from reclip_nb.batches import batches, step_batches
-from reclip_nb.data import ORIGINS, READERS, WNIDS, data_root, open_dataset
+from reclip_nb.data import IMAGENET_TEMPLATES, ORIGINS, READERS, WNIDS, data_root, imagenet_names, open_dataset
 from reclip_nb.photos import Geometry, Unreadable
+from reclip_nb.zeroshot import class_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")   # pycocotools under NumPy 2
 quiet = pytest.mark.filterwarnings("ignore:left out")
@@ -177,6 +179,14 @@ def test_imagenet_labels_do_not_depend_on_what_is_there(imagenet_s_folder):
     assert [data[i]["label"] for i in range(2)] == [0, 49] and len(data.classes) == 1000
     (imagenet_s_folder/"imagenet"/"ILSVRC2012_img_val"/"cats").mkdir()
     with pytest.raises(ValueError, match="cats"): open_dataset("imagenet", imagenet_s_folder/"imagenet")
+
+
+def test_imagenet_names_are_unique():
+    names = imagenet_names(WNIDS)
+    assert len(set(names)) == len(names) == 1000
+    changed = {k: new for k, (old, new) in enumerate(zip(open_clip.IMAGENET_CLASSNAMES, names)) if old != new}
+    assert changed == {744: "projectile, missile", 837: "sunglasses, dark glasses"}
+    assert len(class_prompts(names, IMAGENET_TEMPLATES)) == 1000   # it refuses duplicates
 
 
 @pytest.mark.parametrize("name", READERS)

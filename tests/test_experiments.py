@@ -28,6 +28,15 @@ def test_wrong_parameters_are_refused(root, tmp_path, args, words):
     assert not list(tmp_path.glob("*/*/run.json")), "nothing was written"
 
 
+def test_one_notebook_alone_brings_what_it_needs(root, tmp_path):
+    "EPG in a study that does not exist: the CLIP and the AFT run it starts from are made first."
+    papermill(root, tmp_path, "train_epg", "-p", "world", "smoke", "-p", "steps", 4, "-p", "warmup", 1, "-p", "w_s", 0.3)
+    study = tmp_path/"tiny"/"smoke-seed0"
+    assert {p.parent.name for p in study.glob("*/metrics.json")} == {"clip", "aft4", "epg0.3"}
+    assert json.loads((study/"clip"/"run.json").read_text())["config"]["model"] == "tiny-smoke"
+    assert len((study/"epg0.3"/"log.jsonl").read_text().splitlines()) == 4
+
+
 @pytest.mark.sample
 def test_real_architecture_on_real_photographs(root, tmp_path):
     "ViT-B/16 at 224 px: AFT, EPG on instance masks, and its maps scored."
