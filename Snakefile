@@ -18,17 +18,18 @@ STUDY = f"{FOLDER}/{PRESET}/{{world}}-seed{{seed}}"
 # run: (notebook, runs it reads, its own parameters)
 SWEEP = ["epg0.0", "epg0.2", "epg0.4", "epg0.6"]
 START = "aft4_coco" if PRESET == "paper" else "aft4"   # [Re] 3.3: EPG starts from 5,000 steps of AFT4 on COCO
+AS_LONG_AS_AFT = "-p steps 90 -p warmup 6 -p lr 3.0e-4" if PRESET == "tiny" else "-p steps 5000 -p lr 1.0e-5"
 RUNS = {
     "clip": ("train_clip", [], ""),
     "aft1": ("train_aft", ["clip"], "-p name aft1 -p eps_255 1" + (" -p alpha_255 0.75" if PRESET == "tiny" else "")),
     "aft4": ("train_aft", ["clip"], "-p name aft4 -p eps_255 4"),
     "aft4_coco": ("train_aft", ["clip"], "-p name aft4_coco -p eps_255 4 -p data coco -p steps 5000"),
     **{run: ("train_epg", [START], f"-p name {run} -p init {START} -p w_s {run[3:]}") for run in SWEEP},
-    "epg_from_clip": ("train_epg", ["clip"], "-p name epg_from_clip -p init clip -p w_s 0.6 " + (
-        "-p steps 90 -p warmup 6 -p lr 3.0e-4" if PRESET == "tiny" else "-p steps 5000 -p lr 1.0e-5")),   # as long as AFT
+    **{run: ("train_epg", ["clip"], f"-p name {run} -p init clip -p w_s 0.6 -p min_total {guard} {AS_LONG_AS_AFT}")
+       for run, guard in {"epg_from_clip": "1.0e-7", "epg_from_clip_guarded": "1.0e-4"}.items()},
     "localisation": ("localisation", ["clip", "aft1", "aft4", *SWEEP], ""),
     "saliency_gallery": ("saliency_gallery", ["clip", "aft1", "aft4", *SWEEP], ""),
-    "report": ("report", ["localisation", "saliency_gallery", "epg_from_clip"], ""),
+    "report": ("report", ["localisation", "saliency_gallery", "epg_from_clip", "epg_from_clip_guarded"], ""),
 }
 if PRESET != "tiny": del RUNS["clip"]   # only the embedded world trains a CLIP of its own
 

@@ -44,7 +44,7 @@ def outside_share(
     else: share = 1-(saliency*m).sum((1, 2))/n
     return torch.where(valid, share, 0), valid
 
-# %% ../nbs/api/05_epg.ipynb #c76b93b2
+# %% ../nbs/api/05_epg.ipynb #fffdc8bd
 def epg_loss(
     clip: Clip, # trainable model
     reference: Clip | torch.Tensor, # frozen model, or its unit embeddings (B,D)
@@ -52,26 +52,28 @@ def epg_loss(
     mask: torch.Tensor, # foreground, (B,H,W), bool, same geometry as x
     *,
     normalizer: str = "full", # one of `NORMALIZERS`
+    min_total: float = 1e-4, # see `outside_share`
     create_graph: bool = True, # False: only measure
 ) -> torch.Tensor:
     "L_EPG of [Re] §3.3, mean over images with a defined value (0 if there is none). Raises ValueError for masks of another size."
     if mask.shape[-2:] != x.shape[-2:]: raise ValueError(f"mask {tuple(mask.shape)} and images {tuple(x.shape)} differ in size")
     with torch.no_grad(): target = reference.encode_image(x) if isinstance(reference, Clip) else reference
-    share, valid = outside_share(feature_saliency(clip, x, target, create_graph), mask, normalizer)
+    share, valid = outside_share(feature_saliency(clip, x, target, create_graph), mask, normalizer, min_total)
     return share.sum()/valid.sum().clamp(min=1)
 
-# %% ../nbs/api/05_epg.ipynb #29ac40e5
+# %% ../nbs/api/05_epg.ipynb #b68c3929
 class EPG:
     "L_adv + w_s L_EPG ([Re] §3.3) as an objective of the training loop; batches carry `image` and `mask`."
     def __init__(self,
         aft: Callable, # the adversarial objective, an `AFT`: its student is trained, its teacher frozen
         w_s: float = 0.6, # weight of the saliency term; 0 measures it without training on it
         normalizer: str = "full", # one of `NORMALIZERS`
+        min_total: float = 1e-4, # see `outside_share`
     ):
-        self.aft, self.w_s, self.normalizer = aft, w_s, normalizer
+        self.aft, self.w_s, self.options = aft, w_s, dict(normalizer=normalizer, min_total=min_total)
 
     def __call__(self, batch: dict, generator: torch.Generator) -> dict:
         out = self.aft(batch, generator)
         epg = epg_loss(self.aft.student, self.aft.teacher, batch["image"], batch["mask"],
-                       normalizer=self.normalizer, create_graph=self.w_s > 0)
+                       create_graph=self.w_s > 0, **self.options)
         return out | dict(loss=out["loss"]+self.w_s*epg, epg=epg.detach())

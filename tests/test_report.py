@@ -16,8 +16,8 @@ from reclip_nb.runs import finish_run, runs_root, start_run, write_json
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = ("epg0.0", "epg0.2", "epg0.4", "epg0.6")
 MAPS = dict(clip=.30, aft1=.35, aft4=.50) | {m: .50+.08*i for i, m in enumerate(SWEEP)}
-CLEAN = dict(clip=.80, aft1=.78, aft4=.70, epg_from_clip=.20) | dict.fromkeys(SWEEP, .72)
-ROBUST = dict(clip=.10, aft1=.25, aft4=.40, epg_from_clip=.02) | dict.fromkeys(SWEEP, .42)
+CLEAN = dict(clip=.80, aft1=.78, aft4=.70, epg_from_clip=.20, epg_from_clip_guarded=.60) | dict.fromkeys(SWEEP, .72)
+ROBUST = dict(clip=.10, aft1=.25, aft4=.40, epg_from_clip=.02, epg_from_clip_guarded=.30) | dict.fromkeys(SWEEP, .42)
 METHODS = ("simple_gradient", "gradcam", "grad_eclip", "random", "center")
 NOT_YET = {"concepts", "probe_maps"} # findings without an experiment
 
@@ -33,7 +33,7 @@ def train(study: str, name: str, **changed):
     "A finished training run."
     experiment = "train_clip" if name == "clip" else "train_aft" if name.startswith("aft") else "train_epg"
     metrics = dict(clean=CLEAN[name], n=384, robust_2=ROBUST[name], robust_4=ROBUST[name]/2, n_robust=192, energy={})
-    if experiment == "train_epg": metrics |= dict(aft=.9, epg=.76) if name == "epg_from_clip" else dict(aft=.1, epg=.45)
+    if experiment == "train_epg": metrics |= dict(aft=.9, epg=.76) if name == "epg_from_clip" else dict(aft=.1, epg=.35 if "guarded" in name else .45)
     finish_run(start_run(study, name, experiment, {}), metrics | changed)
 
 
@@ -103,7 +103,7 @@ def test_values_stand_beside_the_paper():
     t4 = comparison(report, "re.table4").query("eps_255 == 2 and model == 'aft4'")
     assert [*zip(t4["average"], t4["probe"])] == [("28.6", "–"), ("28.0", "–"), ("–", "40.0 [33.3, 47.1]")]
     assert (comparison(report, "re.table1")["saliency"] == "center").sum() == 1         # a control looks at no model
-    assert [*tradeoff(report)["model"]] == ["clip", "aft1", "aft4", *SWEEP, "epg_from_clip"]
+    assert [*tradeoff(report)["model"]] == ["clip", "aft1", "aft4", *SWEEP, "epg_from_clip", "epg_from_clip_guarded"]
     assert sweep(report)["w_s"].tolist() == [0, .2, .4, .6]
 
 
@@ -219,6 +219,7 @@ FLIPS = {
     "epg_ap_grows": dict(maps={"epg0.4/simple_gradient/average_precision": .57}),
     "epg_energy_grows": dict(maps={"epg0.2/simple_gradient/energy_pointing": .49}),
     "epg_from_clip": dict(name="epg_from_clip", clean=.41),
+    "epg_guarded": dict(name="epg_from_clip_guarded", epg=.80),
 }
 
 

@@ -51,8 +51,9 @@ def open_studies(
         raise ValueError(f"studies={list(names)}: give one or more studies of one preset and world")
     return studies
 
-# %% ../../nbs/api/07_report_measured.ipynb #d91a29fe
-MODELS = ("clip", "aft1", "aft4", "epg0.0", "epg0.2", "epg0.4", "epg0.6", "epg_from_clip")
+# %% ../../nbs/api/07_report_measured.ipynb #67e0ce32
+MODELS = ("clip", "aft1", "aft4", "epg0.0", "epg0.2", "epg0.4", "epg0.6", "epg_from_clip",
+          "epg_from_clip_guarded")
 EXPECTED = (*MODELS, "localisation", "saliency_gallery") # runs of a complete study
 PROBE = {"clean": "n", "robust_2": "n_robust", "robust_4": "n_robust"} # metric -> where its number of images stands
 CONTROLS = ("random", "center") # explainers that no model enters
