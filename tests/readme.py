@@ -18,7 +18,8 @@ def build() -> str:
     parts = ["<!-- written by `make readme` from nbs/index.ipynb -->"]
     for cell in nbformat.read(ROOT/"nbs"/"index.ipynb", 4).cells:
         if cell.cell_type == "code" and re.match(r"#\| *hide", cell.source): continue
-        if cell.cell_type == "code": parts += [f"```python\n{cell.source}\n```", *outputs(cell)]
+        if cell.cell_type == "code" and re.match(r"#\| *echo: *false", cell.source): parts += outputs(cell)
+        elif cell.cell_type == "code": parts += [f"```python\n{cell.source}\n```", *outputs(cell)]
         else: parts.append(re.sub(r"\]\((?!\w+:|#)", "](nbs/", cell.source))
     return "\n\n".join(parts)+"\n"
 
