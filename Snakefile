@@ -27,9 +27,13 @@ RUNS = {
     **{run: ("train_epg", [START], f"-p name {run} -p init {START} -p w_s {run[3:]}") for run in SWEEP},
     **{run: ("train_epg", ["clip"], f"-p name {run} -p init clip -p w_s 0.6 -p min_total {guard} {AS_LONG_AS_AFT}")
        for run, guard in {"epg_from_clip": "1.0e-7", "epg_from_clip_guarded": "1.0e-4"}.items()},
+    # the same length and weight, other maps: LeGrad's closed form, and both
+    "legrad0.6": ("train_epg", [START], f"-p name legrad0.6 -p init {START} -p w_s 0.6 -y 'methods: [legrad]'"),
+    "both0.6": ("train_epg", [START], f"-p name both0.6 -p init {START} -p w_s 0.6 -y 'methods: [simple_gradient, legrad]'"),
+    "explainers": ("explainers", ["clip", "aft1", "aft4", "epg0.0", "epg0.6", "legrad0.6", "both0.6"], ""),
     "localisation": ("localisation", ["clip", "aft1", "aft4", *SWEEP], ""),
     "saliency_gallery": ("saliency_gallery", ["clip", "aft1", "aft4", *SWEEP], ""),
-    "report": ("report", ["localisation", "saliency_gallery", "epg_from_clip", "epg_from_clip_guarded"], ""),
+    "report": ("report", ["localisation", "explainers", "saliency_gallery", "epg_from_clip", "epg_from_clip_guarded"], ""),
 }
 if PRESET != "tiny": del RUNS["clip"]   # only the embedded world trains a CLIP of its own
 

@@ -7,12 +7,17 @@ import torch.nn.functional as F
 from helpers import aft_clip, golden
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import Transformer, VisionTransformer
+from towers import clip_cls
 
 from reclip_nb.explain import EXPLAINERS, PRESETS, explain, explain_many, input_gradient
 from reclip_nb.explain.base import clip99, open_tap
 from reclip_nb.explain.cam import qk_similarity
 
 RAW = dict(size=None, normalize="none")
+LRP = ("transformer_attribution", "partial_lrp", "lrp")     # they explain logits
+METHODS = [m for m in EXPLAINERS if m not in LRP]
+VARIANTS = [m for m in PRESETS if m.split(":")[0] not in LRP and m != "gradcam:legrad"]   # that one wants nine blocks
+WHOLE = ("simple_gradient", "smoothgrad", "integrated_gradients", "gradcam", "random", "center")   # any tower
 QG = pytest.mark.parametrize("qg", [1, 0])
 VIEWS = pytest.mark.parametrize("qg,who,view", [
     *((qg, "student", v) for qg in (1, 0) for v in ("sq0", "sq1", "wide")),
@@ -91,59 +96,11 @@ def test_aft_simple_gradient_and_library_gradcam(aft, qg, view):
         close(cam, aft[1][f"qg{qg}_gradcam_aftlib_img{view[-1]}_txt{p}"], 1e-4)
 
 
-# ---- golden/explainers/clip_cls: float32, and the same in float64 -------------------------------------
+# ---- a tower in float32 and float64 -------------------------------------------------------------------
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["f32", "f64"])
 def cls(request):
-    data = golden("explainers", "clip_cls.npz")
-    tower = VisionTransformer(32, 8, 64, 3, 4, 4., output_dim=32)
-    tower.load_state_dict({k[2:]: v for k, v in data.items() if k.startswith("w.")})
-    return tower.to(request.param), data
-
-
-GRIDS = {f"gradcam.block{l}.{name}": ("gradcam", dict(layer=l, include_cls=name == "withcls"))
-         for l in range(3) for name in ("withcls", "nocls")} | {
-    "gradeclip.heads": ("grad_eclip", {}), "gradeclip.heads.noksim": ("grad_eclip", dict(ksim=False)),
-    "gradeclip.heads.n2": ("grad_eclip", dict(n_layers=2)), "gradeclip.merged": ("grad_eclip:released", {}),
-    "gradeclip.merged.projqk": ("grad_eclip:script", {}),
-    "gradeclip.merged.n2": ("grad_eclip:released", dict(n_layers=2))}
-PIXELS = {   # key: method, options, tolerance of the README
-    "gradcam.lib.block1": ("gradcam:aft", {}, 1e-4),
-    "gradcam.lib.block2": ("gradcam:aft", dict(layer=-1), 1e-4),
-    "gradcam.lib.lastln1": ("gradcam:aft", dict(layer=-1, at="norm1"), 1e-4),
-    "gradcam.lib.multi": ("gradcam:aft", dict(layer=[0, 1]), 1e-4)}
-SENSITIVITY = {"sg": ("simple_gradient", {}), "sg.maxc": ("simple_gradient", dict(reduce="max")),
-               "smoothgrad.absofmean": ("smoothgrad", {}),
-               "smoothgrad.meanofabs": ("smoothgrad", dict(mode="meanofabs"))}
-
-
-@pytest.mark.parametrize("key", GRIDS)
-def test_cls_grids(cls, key):
-    tower, e = cls
-    method, options = GRIDS[key]
-    close(explain(tower, e["image"], e["text"], method, **options, **RAW), e[f"e.{key}.grid"], 1e-4)
-
-
-@pytest.mark.parametrize("key", PIXELS)
-def test_cls_library_maps(cls, key):
-    tower, e = cls
-    method, options, tol = PIXELS[key]
-    assert (explain(tower, e["image"], e["text"], method, **options)-e[f"e.{key}.px"]).abs().max() <= tol
-
-
-@pytest.mark.parametrize("key", SENSITIVITY)
-def test_cls_gradients(cls, key):
-    tower, e = cls
-    method, options = SENSITIVITY[key]
-    if method == "smoothgrad": options = options | dict(noise=e["noise"])
-    close(explain(tower, e["image"], e["text"], method, **options, **RAW), e[f"e.{key}.px"], 1e-4)
-
-
-def test_cls_states_and_embedding(cls):
-    tower, e = cls
-    tap, _ = open_tap(tower, e["image"], e["text"])
-    close(tap.tower.head(tap.state(3)), e["feat"], 1e-4)
-    close(torch.stack(tap.states[1:]), e["hidden"], 1e-4)
+    return clip_cls(request.param)
 
 
 # ---- layouts, towers, resolutions ---------------------------------------------------------------------
@@ -157,9 +114,8 @@ def test_token_first_layout_gives_the_same_maps(cls, flag):
     old.load_state_dict(tower.state_dict())
     if not flag: del old.transformer.batch_first
     x = torch.randn(17, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    methods = [m for m in [*EXPLAINERS, *PRESETS] if m != "gradcam:legrad"]     # that one wants nine blocks
-    ours, theirs = (explain_many(t, x, e["text"], methods) for t in (tower, old))
-    for name in methods: torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=1e-4)
+    ours, theirs = (explain_many(t, x, e["text"], METHODS+VARIANTS) for t in (tower, old))
+    for name in METHODS+VARIANTS: torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=1e-4)
 
 
 def resnet():
@@ -218,7 +174,7 @@ def test_nothing_of_the_model_changes(mode):
         before, x = fingerprint(model), torch.rand(shape, dtype=next(model.parameters()).dtype)
         vit = hasattr(model, "visual")
         texts = torch.randn(3, 32 if vit else 16)
-        methods = [m for m in EXPLAINERS if vit or m != "grad_eclip"]
+        methods = METHODS if vit else WHOLE
         explain_many(model, x, texts, methods)
         with torch.no_grad(): explain_many(model, x, texts, methods)
         with torch.inference_mode(): explain_many(model, x.clone(), texts.clone(), methods)
@@ -235,9 +191,9 @@ def test_an_error_in_the_middle_leaves_no_trace():
     def broken(module, args):
         calls.append(1)
         raise RuntimeError("stop")
-    model.visual.ln_post.forward = lambda *a: broken(model, a)     # in vars(): the shadow runs it too
+    model.visual.transformer.resblocks[0].mlp.gelu.forward = lambda *a: broken(model, a)   # in vars(): so the shadow's
     before = fingerprint(model)
-    for method in ("simple_gradient", "gradcam", "grad_eclip"):
+    for method in ("simple_gradient", "gradcam", "grad_eclip", "legrad", "rollout", "textspan"):
         with pytest.raises(RuntimeError, match="stop"):
             explain(model, torch.rand(1, 3, 32, 32), torch.randn(2, 32), method)
     assert calls and same(before, fingerprint(model))
@@ -247,7 +203,7 @@ def test_an_error_in_the_middle_leaves_no_trace():
 
 def test_many_equals_one_by_one_and_is_per_image(cls):
     tower, e = cls
-    methods = [m for m in [*EXPLAINERS, *PRESETS] if m not in ("random", "smoothgrad", "gradcam:legrad")]
+    methods = [m for m in METHODS+VARIANTS if m not in ("random", "smoothgrad", "textspan:published")]
     many = explain_many(tower, e["image"], e["text"], methods)
     for m in methods:
         for b in range(2):
@@ -259,7 +215,7 @@ def test_many_equals_one_by_one_and_is_per_image(cls):
 def test_texts_per_image_and_chunks(cls):
     tower, e = cls
     texts = torch.stack([e["text"], e["text"].flip(0)])
-    for m in ("simple_gradient", "gradcam", "grad_eclip"):
+    for m in ("simple_gradient", "gradcam", "grad_eclip", "legrad", "legrad:released", "chefer:all"):
         maps = explain(tower, e["image"], texts, m, chunk=2)
         ref = explain(tower, e["image"], e["text"], m)
         torch.testing.assert_close(maps[0], ref[0], atol=1e-4, rtol=0)
@@ -278,7 +234,7 @@ def test_feature_consistency_score(aft):
 def test_zero_range_and_scores(cls):
     tower, e = cls
     zero = torch.zeros_like(e["text"])
-    for m in ("simple_gradient", "smoothgrad", "gradcam", "grad_eclip", "gradcam:aft"):
+    for m in [m for m in METHODS if m not in ("random", "center", "raw_attention", "rollout")]+VARIANTS:
         assert explain(tower, e["image"], zero, m).eq(0).all()
     raw = explain(tower, e["image"], e["text"], "grad_eclip", score="dot", **RAW)
     cosine = explain(tower, e["image"], e["text"], "grad_eclip", **RAW)
