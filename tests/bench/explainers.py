@@ -8,6 +8,7 @@ which needs open_clip <= 2.23, and grad-cam) run in an environment of their own,
 RECLIP_PEER_PYTHON, on the same weights. Runs alternate; times are process seconds, ratios are of minima and of medians.
 Each program has its own process, so that peak memory is its own."""
 import argparse
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 LAYER = 8                                   # of Grad-CAM, block index from 0
+LINE = "ours {ours:6.2f} s  theirs {theirs:6.2f} s  ratio {ratio:5.1f} (median {ratio_median:5.1f})"
 COMPARE = [   # title, our case, their case, numbers of texts
     ("LeGrad, all layers, class token", "legrad_cls", "legrad_torch", (1, 8, 32)),
     ("LeGrad, all layers, token mean", "legrad_mean", "legrad_torch", (1, 8, 32)),
@@ -194,8 +196,8 @@ class Worker:
     "A process with the tower loaded; `ask` runs one case in it."
     def __init__(self, python, weights):
         here = str(Path(__file__).resolve())
-        self.process = subprocess.Popen([python, here, "--work", weights], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen([python, here, "--work", weights], text=True, **pipes)
 
     def ask(self, case, texts):
         print(json.dumps(dict(case=case, texts=texts)), file=self.process.stdin, flush=True)
@@ -235,9 +237,10 @@ def machine(peer):
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
-    ask = ("import importlib.metadata as m, json\nd = {}\nfor n in ('torch', 'open_clip_torch', 'legrad_torch', 'grad-cam'):\n"
-           "    try: d[n] = m.version(n)\n    except m.PackageNotFoundError: pass\nprint(json.dumps(d))")
-    peers = json.loads(subprocess.run([peer, "-c", ask], capture_output=True, text=True, check=True).stdout)
+    names = ("torch", "open_clip_torch", "legrad_torch", "grad-cam")
+    found = f"{{n: m.version(n) for n in {names} if any(m.Distribution.discover(name=n))}}"
+    ask = [peer, "-c", f"import importlib.metadata as m; print({found})"]
+    peers = ast.literal_eval(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
     own = {n: importlib.metadata.version(n) for n in ("torch", "open_clip_torch")}
     return dict(cpu=cpu, threads=1, python=platform.python_version(), ours=own, peers=peers)
 
@@ -254,8 +257,7 @@ def main(args):
             for n in [n for n in counts if n in (*args.prompts, 4)]:
                 against = theirs if other in PEERS else mine
                 found = compare(mine, against, case, other, n, args.repeats if n < 9 else 1)
-                print(f"{title:34} {n:3} texts  {other:22}", "not installed" if found is None else
-                      "ours {ours:6.2f} s  theirs {theirs:6.2f} s  ratio {ratio:5.1f} (median {ratio_median:5.1f})".format(**found))
+                print(f"{title:34} {n:3} texts  {other:22}", "not installed" if found is None else LINE.format(**found))
                 if found: rows.append(dict(method=title, ours_case=case, other=other, texts=n, **found))
         mine.close()
         theirs.close()
