@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWS', 'PARTS', 'EXTENSION', 'PROBE_CARD', 'coverage', 'report_json', 'percent', 'comparison', 'tradeoff', 'sweep',
-           'markdown', 'caption', 'card', 'sections']
+           'every_explainer', 'markdown', 'caption', 'card', 'sections']
 
 # %% ../../nbs/api/07_report.ipynb #25cbe22a
 import re
@@ -49,7 +49,7 @@ def coverage(
     return [dict(id=i, title=known[i].title, where=known[i].where)
             | dict(zip(("status", "reason"), _status(i, studies, summary))) for i in ids]
 
-# %% ../../nbs/api/07_report.ipynb #c7e85c06
+# %% ../../nbs/api/07_report.ipynb #3cea9953
 EXTENSION = dict(id="epg", title="EPG extension", found="supported",
                  evidence=("re.table6", "re.table7", "re.fig4", "re.fig5"),
                  statement="explicit saliency supervision improves localization metrics while preserving most of the "
@@ -67,11 +67,19 @@ def _claims(found: list[Finding], covered: list[dict]) -> list[dict]:
                    open=[i for i in c["evidence"] if status.get(i, "measured") != "measured"]) for c in cards]
 
 
+def _explainers(studies: list[Study]) -> list[dict]:
+    "Explainers × models × metrics with the range of the seeds, from the experiment `explainers`."
+    rows = [dict(study=s.name) | r for s in studies for run in s.of("explainers") for r in run.metrics.get("table", [])]
+    frame = pd.DataFrame(rows, columns=["study", "method", "model", "metric", "mean"]).dropna(subset="mean")
+    groups = frame.groupby(["method", "model", "metric"], sort=False)["mean"]
+    return groups.agg(mean="mean", low="min", high="max", seeds="count").reset_index().to_dict("records")
+
+
 def _distinct(items: Sequence) -> list:
     "The items without repetitions."
     return [x for i, x in enumerate(items) if x not in items[:i]]
 
-# %% ../../nbs/api/07_report.ipynb #f58fa258
+# %% ../../nbs/api/07_report.ipynb #414f998a
 def report_json(
     names: Sequence[str], # studies below `runs_root()`, one a seed
 ) -> dict: # JSON-able, keys in a fixed order, no machine's paths
@@ -90,7 +98,7 @@ def report_json(
         missing={s.name: [n for n in EXPECTED if n not in s.runs] for s in studies},
         claims=_claims(found, covered), findings=[asdict(f) for f in found],
         tables={id: compare(id, summary).to_dict("records") for id in COMPARED},
-        models=summary[on_text].drop(columns="protocol").to_dict("records"),
+        models=summary[on_text].drop(columns="protocol").to_dict("records"), explainers=_explainers(studies),
         coverage=covered, cards={"probe": [PROBE_CARD], **cards},
         runs=[dict(study=s, run=n, seconds=i.get("seconds"), digest=i["digest"], energy=m.get("energy") or {})
               for s, n, i, m in runs]))
@@ -143,6 +151,18 @@ def sweep(
         rows.setdefault(float(r["model"][3:]), {}).update({k: 100*v for k, v in ends.items() if v is not None})
     return pd.DataFrame([dict(w_s=w) | rows[w] for w in sorted(rows)])
 
+# %% ../../nbs/api/07_report.ipynb #d18ecf49
+def every_explainer(
+    report: dict, # from `report_json`
+    metric: str, # label, e.g. "PG-energy"
+) -> pd.DataFrame: # texts; explainers × models
+    "One metric of the experiment `explainers`."
+    rows = [dict(explainer=r["method"], model=r["model"], text=percent(r["mean"], *([r["low"], r["high"]]*(r["seeds"] > 1))))
+            for r in report["explainers"] if r["metric"] == metric]
+    frame = pd.DataFrame(rows, columns=["explainer", "model", "text"])
+    return frame.pivot(index="explainer", columns="model", values="text").reindex(
+        index=frame["explainer"].unique(), columns=frame["model"].unique()).fillna("–").reset_index()
+
 # %% ../../nbs/api/07_report.ipynb #b9bf37a3
 def markdown(
     frame: pd.DataFrame, # texts
@@ -176,7 +196,7 @@ def card(
     return "\n".join(f"> Protocol of `{run}`. " + "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in c.items())
                      for c in report["cards"].get(run, []))
 
-# %% ../../nbs/api/07_report.ipynb #61206321
+# %% ../../nbs/api/07_report.ipynb #4836ac6c
 def _points(value: float | None) -> str:
     "A difference of fractions in points."
     return "–" if value is None else f"{100*value:+.1f}"
@@ -213,5 +233,7 @@ def sections(
         markdown(comparison(report, id)), f"{table(id).title} ({table(id).where}). {caption(report, rows)}",
         card(report, cards[id])]) for id, rows in report["tables"].items()}
     models = "\n\n".join([markdown(tradeoff(report)), caption(report, report["models"]), card(report, "probe")])
+    pages |= {f"Every explainer: {m}": markdown(every_explainer(report, m))
+              for m in ("PG", "PG-energy", "AP", "IoU") if report["explainers"]}
     return _judged(report) | pages | {"Trade-off": models, "Coverage": markdown(pd.DataFrame(report["coverage"])),
                                       "Made by": _made_by(report)}
