@@ -18,6 +18,7 @@ STUDY = f"{FOLDER}/{PRESET}/{{world}}-seed{{seed}}"
 # run: (notebook, runs it reads, its own parameters)
 SWEEP = ["epg0.0", "epg0.2", "epg0.4", "epg0.6"]
 START = "aft4_coco" if PRESET == "paper" else "aft4"   # [Re] 3.3: EPG starts from 5,000 steps of AFT4 on COCO
+LEGRAD = ["legrad_perturbation", "legrad_open_vocabulary", "layer_gradients", "funnybirds"]
 AS_LONG_AS_AFT = "-p steps 90 -p warmup 6 -p lr 3.0e-4" if PRESET == "tiny" else "-p steps 5000 -p lr 1.0e-5"
 RUNS = {
     "clip": ("train_clip", [], ""),
@@ -31,11 +32,21 @@ RUNS = {
     "legrad0.6": ("train_epg", [START], f"-p name legrad0.6 -p init {START} -p w_s 0.6 -y 'methods: [legrad]'"),
     "both0.6": ("train_epg", [START], f"-p name both0.6 -p init {START} -p w_s 0.6 -y 'methods: [simple_gradient, legrad]'"),
     "explainers": ("explainers", ["clip", "aft1", "aft4", "epg0.0", "epg0.6", "legrad0.6", "both0.6"], ""),
+    # the LeGrad supplement
+    "siglip": ("train_clip", [], "-p name siglip -p model tiny-siglip -p lr 1.0e-3"),
+    "classifier": ("train_classifier", [], "-p name classifier"),
+    "classifier_parts": ("train_classifier", [], "-p name classifier_parts -p data parts -p model tiny-vit-fine"),
+    "legrad_perturbation": ("legrad_perturbation", ["clip", "siglip", "classifier"], ""),
+    "legrad_open_vocabulary": ("legrad_open_vocabulary", ["clip", "siglip"], ""),
+    "layer_gradients": ("layer_gradients", ["clip", "siglip"], ""),
+    "funnybirds": ("funnybirds", ["classifier_parts"], ""),
     "localisation": ("localisation", ["clip", "aft1", "aft4", *SWEEP], ""),
     "saliency_gallery": ("saliency_gallery", ["clip", "aft1", "aft4", *SWEEP], ""),
-    "report": ("report", ["localisation", "explainers", "saliency_gallery", "epg_from_clip", "epg_from_clip_guarded"], ""),
+    "report": ("report", [*LEGRAD, "localisation", "explainers", "saliency_gallery", "epg_from_clip", "epg_from_clip_guarded"], ""),
 }
-if PRESET != "tiny": del RUNS["clip"]   # only the embedded world trains a CLIP of its own
+if PRESET != "tiny":   # only the embedded world trains the models it starts from
+    for run in ["clip", "siglip", "classifier", "classifier_parts"]: del RUNS[run]
+if PRESET == "sample": RUNS = {run: job for run, job in RUNS.items() if run not in LEGRAD}
 
 
 def settings(wildcards):

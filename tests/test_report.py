@@ -296,6 +296,7 @@ def test_report_notebook_writes_its_files(tmp_path):
 @pytest.mark.graph
 def test_results_page_needs_only_its_file(tmp_path, monkeypatch):
     write_json(tmp_path/"nbs"/"results"/"tiny_quick.json", report_json([complete()]))
+    shutil.copy(ROOT/"nbs"/"results"/"bench_explainers.json", tmp_path/"nbs"/"results")
     monkeypatch.setenv("RECLIP_ROOT", str(tmp_path))
     monkeypatch.setenv("RECLIP_RUNS", str(tmp_path/"nothing"))
     monkeypatch.delenv("MPLBACKEND", raising=False)                                        # figures into the page

@@ -20,9 +20,9 @@ from .measured import (COMPARED, EXPECTED, MODELS, PROBE, Study, compare, measur
                                        over_seeds)
 from ..runs import plain
 
-# %% ../../nbs/api/07_report.ipynb #1cf2e9be
+# %% ../../nbs/api/07_report.ipynb #1de996fe
 SHOWS = {"re.fig1": ("models", "aft4"), "re.fig5": ("models", "epg0.6"), # what a gallery must hold
-         "legrad.fig7": ("methods", "legrad"), "legrad.fig11": ("methods", "legrad")}
+         "legrad.fig7": ("explainers", "legrad"), "legrad.fig11": ("explainers", "legrad")}
 PARTS = {"re.fig1": "panels (a) and (b); out-of-distribution images (c) and linear probe (d) have no run"}
 
 
@@ -30,7 +30,7 @@ def _status(id: str, studies: list[Study], summary: pd.DataFrame) -> tuple[str, 
     "Status and reason of one table or figure."
     key, shown = SHOWS.get(id, ("", ""))
     notebooks = [nb for nb, ids in EXPERIMENTS.items() if id in ids]
-    made = [nb for nb in notebooks if any(not key or shown in r.config[key] for s in studies for r in s.of(nb))]
+    made = [nb for nb in notebooks if any(not key or shown in r.config.get(key, []) for s in studies for r in s.of(nb))]
     if not made: return "not measured", f"no finished run of {', '.join(notebooks)}"+f" that shows {shown}"*bool(key)
     if id in COMPARED:
         cells = compare(id, summary).dropna(subset="paper")["mean"].notna()
