@@ -11,6 +11,7 @@ from helpers import golden
 from scipy.stats import spearmanr
 
 from reclip_nb.benchmarks import funnybirds as F
+from reclip_nb.benchmarks import layers as L
 from reclip_nb.benchmarks import perturbation as P
 from reclip_nb.benchmarks import pointwise as W
 from reclip_nb.benchmarks.models import Subject, named_model, open_subject
@@ -313,3 +314,38 @@ def test_damaged_birds(tmp_path):
     with pytest.raises(ValueError, match="damaged"): F.FunnyBirds(folder)
     (folder/"dataset_test.json").unlink()
     with pytest.raises(FileNotFoundError, match="dataset_test.json"): F.FunnyBirds(folder)
+
+
+def test_class_pairs_of_the_embedded_birds(tmp_path):
+    "Most classes have a pair, and every class its own sufficient sets."
+    birds = F.FunnyBirds(write_funnybirds(tmp_path, "smoke", rows=[0]))
+    assert sum(F.target_pair(birds.combinations, k, birds.parts) is not None for k in range(20)) > 12
+    for k in range(20):
+        for s in F.minimal_sufficient_sets(birds.combinations, k, birds.parts):
+            look = {birds.parts[p]: birds.combinations[k]["parts"][birds.parts[p]] for p in s}
+            assert [c["class_idx"] for c in birds.combinations if look.items() <= c["parts"].items()] == [k]
+
+
+# ---- layers -------------------------------------------------------------------------------------------
+
+def test_layer_shares_reference():
+    "From the stored per-layer grids of LeGrad (class-token readout)."
+    z = golden("explainers", "clip_cls.npz")
+    maps, mean = z["e.legrad.cls.layers"], z["e.legrad.cls.layers"].mean((-2, -1)).double()
+    torch.testing.assert_close(L.layer_shares(maps), mean/mean.sum(0), atol=1e-6, rtol=0)
+    assert L.layer_shares(torch.zeros_like(maps)).isnan().all()
+
+
+def test_layer_distribution_counts_every_class_of_an_image(zero_shot):
+    class Two(torch.utils.data.Dataset):
+        "Three images; the first holds two classes."
+        x, classes = torch.rand(3, 3, 32, 32, generator=rng()), ["a", "b"]
+        def __len__(self): return 3
+        def __getitem__(self, i): return dict(image=self.x[i], index=i)
+        def present(self, i): return [[0, 1], [1], [1]][i]
+    shares = L.gradient_distribution(zero_shot, Two(), batch_size=2)
+    assert {k: v.shape for k, v in shares.items()} == {0: (1, 2), 1: (3, 2)}
+    alone = L.gradient_distribution(zero_shot, Two(), batch_size=1)
+    for k in shares: np.testing.assert_allclose(shares[k], alone[k], atol=1e-6)
+    table = L.layer_table(shares, Two.classes)
+    assert table[table["class"] == "all"]["mean"].sum() == pytest.approx(1)

@@ -27,8 +27,8 @@ from ..metrics import summarise
 from ..parts import PART_COLOURS, intervention_name, part_of
 from ..photos import inside, read_rgb
 
-# %% ../../nbs/api/06_benchmarks_funnybirds.ipynb #16b2299f
-SOURCE = "github:visinf/funnybirds (FunnyBirds.zip), unpacked"
+# %% ../../nbs/api/06_benchmarks_funnybirds.ipynb #e72484f6
+SOURCE = "download.visinf.tu-darmstadt.de/data/funnybirds/FunnyBirds.zip, unpacked (1.6 GB)"
 
 
 def _json(path: Path):
@@ -113,7 +113,7 @@ def important_parts(
     "Regions that hold more than a share tau of the map."
     return importance > torch.as_tensor(thresholds, dtype=torch.float64)[:, None]*total.double().clamp(min=0)
 
-# %% ../../nbs/api/06_benchmarks_funnybirds.ipynb #6e1662df
+# %% ../../nbs/api/06_benchmarks_funnybirds.ipynb #1f50d015
 def minimal_sufficient_sets(
     classes: Sequence[dict], # content of classes.json
     label: int, # class

@@ -6,7 +6,7 @@
 __all__ = ['VOC_SOURCE', 'layer_shares', 'VocPhotos', 'present', 'gradient_distribution', 'layer_table', 'plot_layers',
            'plot_classes']
 
-# %% ../../nbs/api/06_benchmarks_layers.ipynb #a2c28622
+# %% ../../nbs/api/06_benchmarks_layers.ipynb #6bcb3ef6
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -95,7 +96,7 @@ def layer_table(
     return pd.DataFrame([dict(columns, **{"class": name}, layer=l+1, **summarise(v[:, l])) for name, v in groups.items()
                          for l in range(v.shape[1])])
 
-# %% ../../nbs/api/06_benchmarks_layers.ipynb #c3fdef65
+# %% ../../nbs/api/06_benchmarks_layers.ipynb #7902ff75
 def plot_layers(
     table: pd.DataFrame, # from `layer_table`, one or several models
 ) -> Figure:
@@ -104,6 +105,7 @@ def plot_layers(
     for marker, (name, rows) in zip("osD^vP*", table[table["class"] == "all"].groupby("model", sort=False)):
         ax.errorbar(rows.layer, rows["mean"], [rows["mean"]-rows.low, rows.high-rows["mean"]], marker=marker, ms=4, capsize=2, label=name)
     ax.set(xlabel="block", ylabel="share of the gradient", ylim=(0, None)); ax.legend(fontsize=7, frameon=False)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     plt.close(fig)
     return fig
 

@@ -160,27 +160,28 @@ class Perturbation:
         return dict(value=s["mean"], low=s["low"], high=s["high"], n=s["n"], undefined=s["undefined"], ties=self.ties,
                     curve=hits.nanmean(1).tolist())
 
-# %% ../../nbs/api/06_benchmarks_perturbation.ipynb #93b8faef
+# %% ../../nbs/api/06_benchmarks_perturbation.ipynb #91781a98
 EXPLAINED = ("predicted", "target")
 
 
 def perturbation(
     subject: Subject, # model and classes
-    batches: Iterable[tuple[Tensor, Tensor]], # images (N,3,H,W) in [0,1] and labels (N,)
+    batches: Iterable[tuple], # images (N,3,H,W) in [0,1], labels (N,), and maybe a dict of further maps (N,H,W) to be scored
     methods: dict[str, tuple[str, dict]], # label -> explainer and its options
     fill: str = "zero_rgb", # see `remove`
     fractions: Sequence[float] = FRACTIONS, # S removed fractions
 ) -> dict[tuple[str, str], Perturbation]:
     "(method, 'negative_predicted' ...) -> accumulated hits."
-    meters = {(m, f"{sign}_{which}"): Perturbation(order, fill, fractions, subject.model.mean)
-              for m in methods for sign, order in ORDERS.items() for which in EXPLAINED}
-    for x, labels in batches:
+    meters = {}
+    for x, labels, *given in batches:
         predicted = subject(x).argmax(-1)
         found = subject.maps(x, torch.stack([predicted, labels], 1), methods, normalize="none")
+        for maps in given: found |= {k: v.to(x)[:, None].expand(-1, 2, -1, -1) for k, v in maps.items()}
         for m, maps in found.items():
             again = (predicted != labels) & (maps[:, 0] != maps[:, 1]).flatten(1).any(1)
-            for sign in ORDERS:
-                first, second = (meters[m, f"{sign}_{which}"] for which in EXPLAINED)
+            for sign, order in ORDERS.items():
+                first, second = (meters.setdefault((m, f"{sign}_{which}"), Perturbation(order, fill, fractions, subject.model.mean))
+                                 for which in EXPLAINED)
                 hits = second.score(subject, x, maps[:, 1], labels)
                 second.add(hits, maps[:, 1])
                 hits = hits.clone()
