@@ -35,10 +35,10 @@ reproduce: install
 		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadfile $(ARGS)
 
 test-all: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile $(ARGS)
 
 readme: install
 	$(BIN)/python tests/readme.py

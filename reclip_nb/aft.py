@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['Attack', 'distance', 'embed', 'aft_loss', 'AFT']
 
-# %% ../nbs/api/05_aft.ipynb #fc3a9f22
+# %% ../nbs/api/05_aft.ipynb #1e155127
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .attacks import PENALTIES, gaussian, noisy, pgd
+from .attacks import PENALTIES, auto_pgd, gaussian, noisy, pgd
 from .clip import Clip
 
-# %% ../nbs/api/05_aft.ipynb #192c4475
+# %% ../nbs/api/05_aft.ipynb #32f5fd9a
 @dataclass(frozen=True)
 class Attack:
     "Settings of the inner maximisation; call it to run the attack. Defaults: the published code for AFT4."
@@ -29,6 +29,7 @@ class Attack:
     eta: float = 1/255 # strength of the penalty
     sigma: float = 1/255 # Gaussian smoothing, fraction of the pixel range
     n_noise: int = 1 # draws per iteration
+    algorithm: str = "pgd" # "pgd", or "apgd": no alpha and step_rule, one draw of noise, the best iterate
 
     def __call__(self,
         objective: Callable, # images (n·B,3,H,W) -> (B,)
@@ -36,10 +37,13 @@ class Attack:
         generator: torch.Generator | None = None, # randomness of start and noise
     ) -> torch.Tensor:
         if self.penalty not in PENALTIES: raise ValueError(f"penalty={self.penalty!r}; allowed: {', '.join(PENALTIES)}")
+        if self.algorithm not in ("pgd", "apgd") or self.algorithm == "apgd" and self.norm != "linf":
+            raise ValueError(f"algorithm={self.algorithm!r} with norm={self.norm!r}; allowed: pgd, or apgd with linf")
         h = PENALTIES[self.penalty]
-        return pgd(objective, x, self.eps, self.alpha, self.steps, start=self.start, step_rule=self.step_rule, norm=self.norm,
-                   penalty=h and (lambda d: h(d, self.eps, self.eta)),
-                   noise=gaussian(x, self.sigma, self.n_noise, generator), generator=generator)
+        rest = dict(start=self.start, penalty=h and (lambda d: h(d, self.eps, self.eta)),
+                    noise=gaussian(x, self.sigma, self.n_noise, generator), generator=generator)
+        if self.algorithm == "apgd": return auto_pgd(objective, x, self.eps, self.steps, **rest)
+        return pgd(objective, x, self.eps, self.alpha, self.steps, step_rule=self.step_rule, norm=self.norm, **rest)
 
 # %% ../nbs/api/05_aft.ipynb #de7025a1
 def distance(

@@ -42,7 +42,7 @@ class Geometry:
         "Mask (H,W) bool of the whole photograph to (size,size) bool."
         return self._place(Image.fromarray(mask.astype(np.uint8)), InterpolationMode.NEAREST)[0] > 0
 
-# %% ../nbs/api/01_photos.ipynb #0a8827a4
+# %% ../nbs/api/01_photos.ipynb #f80569d2
 class Unreadable(OSError):
     "A file that is missing, truncated, corrupt, or does not fit its mask."
 
@@ -54,7 +54,10 @@ def read_rgb(
 ) -> Image.Image:
     "Decoded RGB photograph. Raises Unreadable."
     try:
-        with Image.open(source) as picture: return picture.convert("RGB")
+        with Image.open(source) as picture:
+            if picture.mode[0] in "IF":  # Pillow's conversion would clip nearly everything to white
+                raise ValueError(f"{picture.mode} pixels have more than 8 bits: rescale the file to 8 bits")
+            return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as e:
         raise Unreadable(f"{type(e).__name__}: {e}") from e
 
@@ -68,7 +71,7 @@ def inside(
         raise ValueError(f"{name!r} leads out of {folder}: file names must stay below the data set's folder")
     return path
 
-# %% ../nbs/api/01_photos.ipynb #1c9d0efa
+# %% ../nbs/api/01_photos.ipynb #01ffd292
 class Photos(Dataset):
     "Photographs in a folder and what is known of each; unusable rows are in `skipped`; subclasses add masks."
     patience = 100  # unusable rows in a row after which the whole folder is taken to be broken
@@ -84,10 +87,12 @@ class Photos(Dataset):
         classes: Sequence[str] = (),  # class names
         captions: Sequence[Sequence[str]] | None = None,  # one or more texts of each row
         templates: Sequence[str] = ("a photo of a {}",),  # prompts for the class names
+        namings: dict[str, Sequence[str]] | None = None,  # other class names by style; "paper": as the loader has them
     ):
         if on_error not in ("skip", "raise"): raise ValueError(f"on_error {on_error!r}: choose skip or raise")
         self.folder, self.names, self.geometry, self.on_error = folder, names, geometry, on_error
         self.labels, self.classes, self.captions, self.templates = labels, classes, captions, templates
+        self.namings = namings or {}
         self.skipped: dict[str, str] = {}  # id of a row -> why it is left out
 
     def __len__(self) -> int: return len(self.names)

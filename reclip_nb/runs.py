@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['root', 'expand', 'runs_root', 'atomic', 'plain', 'write_json', 'read_json', 'configure', 'device_name', 'setup',
            'provenance', 'digest', 'Run', 'append_rows', 'read_rows', 'start_run', 'finish_run', 'has_run', 'load_run',
-           'study_runs', 'config_files', 'study_name', 'ensure_run']
+           'study_runs']
 
 # %% ../nbs/api/01_runs.ipynb #db0d7691
 import contextlib
@@ -260,43 +260,3 @@ def study_runs(
 ) -> list[Run]:
     "The finished runs of a study, by name."
     return [Run(p.parent) for p in sorted((runs_root()/study).glob("*/metrics.json"))]
-
-# %% ../nbs/api/01_runs.ipynb #f517f919
-def config_files(
-    preset: str, # "tiny", "sample" or "paper"
-    experiment: str, # notebook name
-    world: str = "", # size of the embedded world, which may override some values
-) -> list[Path]:
-    "The parameter files of an experiment, the general one first."
-    files = [root()/"configs"/preset/f"{experiment}.yaml", root()/"configs"/preset/world/f"{experiment}.yaml"]
-    return [f for f in dict.fromkeys(files) if f.is_file()]
-
-
-def study_name(
-    study: str, # parameter of a notebook; empty for the embedded world
-    world: str, # size of the embedded world
-    seed: int, # seed
-) -> str:
-    "The study a notebook belongs to: its parameter, or the folder of the embedded world."
-    return study or f"tiny/{world}-seed{seed}"
-
-# %% ../nbs/api/01_runs.ipynb #176c3584
-def ensure_run(
-    study: str, # folder of the study
-    name: str, # name of the run
-    experiment: str, # notebook that writes it
-    **parameters, # its parameters, beside the preset's files
-) -> Run:
-    "A finished run; the embedded world executes the notebook if it is missing. Raises FileNotFoundError otherwise."
-    if has_run(study, name) or not study.startswith("tiny/"):
-        return load_run(study, name, f"papermill nbs/{experiment}.ipynb")
-    import papermill
-    import yaml
-    values = {"study": study} | parameters
-    for f in reversed(config_files("tiny", experiment, parameters.get("world", ""))):
-        values = (yaml.safe_load(f.read_text()) or {}) | values
-    folder = runs_root()/study/name
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{study}/{name} is missing: running nbs/{experiment}.ipynb")
-    papermill.execute_notebook(root()/"nbs"/f"{experiment}.ipynb", folder/"notebook.ipynb", values, progress_bar=False)
-    return load_run(study, name)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'PATTERNS', 'OUTLINES', 'OPENINGS', 'CLASSES', 'CONCEPTS', 'WORDS', 'WORLDS', 'SPLITS', 'KINDS', 'World',
-           'Shape', 'Scene', 'make_scene', 'concept_map', 'prompts', 'content_id', 'ShapesDataset']
+           'Shape', 'fill', 'smooth_field', 'Scene', 'make_scene', 'concept_map', 'prompts', 'content_id',
+           'ShapesDataset']
 
 # %% ../nbs/api/01_shapes.ipynb #cd780010
 import itertools
@@ -88,7 +89,7 @@ def _outline_mask(shape: Shape, size: int) -> np.ndarray:
         case "triangle": return (y <= .75) & (y >= 2 * abs(x) - 1.1)
         case "cross": return (np.minimum(abs(x), abs(y)) <= .3) & (np.maximum(abs(x), abs(y)) <= 1)
 
-# %% ../nbs/api/01_shapes.ipynb #a5bc6ee8
+# %% ../nbs/api/01_shapes.ipynb #c773187b
 def _pattern_mask(pattern: str, world: World, rng: np.random.Generator) -> np.ndarray:
     "Where the second tone goes, (size, size) bool."
     y, x = _grid(world.size)
@@ -101,14 +102,19 @@ def _pattern_mask(pattern: str, world: World, rng: np.random.Generator) -> np.nd
         case "dotted": return (u - .5)**2 + (v - .5)**2 < .33**2
         case "checkered": return (u < .5) ^ (v < .5)
 
-def _paint(image: np.ndarray, shape: Shape, world: World, rng: np.random.Generator) -> np.ndarray:
-    "Draw one object into image (size, size, 3), in place; its mask, (size, size) bool."
-    mask = _outline_mask(shape, world.size)
-    base = np.array(COLOURS[shape.colour]) / 255 + rng.normal(0, world.jitter, 3)
+def fill(
+    image: np.ndarray,  # (size, size, 3) float, changed in place
+    mask: np.ndarray,  # (size, size) bool, where to paint
+    colour: str,  # key of COLOURS
+    pattern: str,  # one of PATTERNS
+    world: World,  # size, colour jitter and period range
+    rng: np.random.Generator,  # source of tones, period and phase
+) -> None:
+    "Paint colour and pattern over a mask."
+    base = np.array(COLOURS[colour]) / 255 + rng.normal(0, world.jitter, 3)
     second = .45 * base + .55 * rng.integers(2)  # towards black or white
     tones = np.stack([base, second]).astype(np.float32)
-    image[mask] = tones[_pattern_mask(shape.pattern, world, rng)[mask].astype(int)]
-    return mask
+    image[mask] = tones[_pattern_mask(pattern, world, rng)[mask].astype(int)]
 
 # %% ../nbs/api/01_shapes.ipynb #5898253a
 def _layout(count: int, world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -121,24 +127,28 @@ def _layout(count: int, world: World, rng: np.random.Generator) -> tuple[np.ndar
         if all(np.hypot(*(centres[i] - centres[j])) > 1.13 * (radii[i] + radii[j]) for i, j in pairs):
             return centres, radii
 
-# %% ../nbs/api/01_shapes.ipynb #73cc6dfd
+# %% ../nbs/api/01_shapes.ipynb #865c142c
 @cache
 def _upsampler(cells: int, size: int) -> np.ndarray:
     "Linear interpolation from a coarse to a fine grid as a matrix, (size, cells) float32."
     at = np.linspace(0, cells - 1, size)
     return np.maximum(0, 1 - abs(at[:, None] - np.arange(cells))).astype(np.float32)
 
-def _smooth_field(cells: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    "Random RGB values on a cells x cells grid, interpolated: (size, size, 3) float32 in [0,1]."
+def smooth_field(
+    cells: int,  # random values along a side
+    size: int,  # side of the result, pixels
+    rng: np.random.Generator,  # their source
+) -> np.ndarray:  # (size, size, 3) float32 in [0,1]
+    "Random RGB values on a coarse grid, interpolated."
     up = _upsampler(cells, size)
     return (up @ rng.random((3, cells, cells), dtype=np.float32) @ up.T).transpose(1, 2, 0)
 
 def _background(world: World, rng: np.random.Generator) -> np.ndarray:
     "A scene without objects, (size, size, 3) float32 in [0,1]."
     size, (y, x) = world.size, _grid(world.size)
-    image = _smooth_field(5, size, rng)
+    image = smooth_field(5, size, rng)
     image += rng.uniform(.2, .8) * (image.mean(-1, keepdims=True) - image)  # desaturate
-    image += .25 * (_smooth_field(size // 4, size, rng) - .5)
+    image += .25 * (smooth_field(size // 4, size, rng) - .5)
     for _ in range(rng.integers(3, 8)):  # thin lines
         angle, row, column = rng.uniform(0, (np.pi, size, size))
         on = abs((x - column) * np.sin(angle) - (y - row) * np.cos(angle)) < .6
@@ -149,7 +159,7 @@ def _background(world: World, rng: np.random.Generator) -> np.ndarray:
         image[top:top + height, left:left + width] = rng.random(3)
     return .3 + .4 * image  # calmer than the objects, or minutes are not enough to learn the patterns
 
-# %% ../nbs/api/01_shapes.ipynb #d84aa9d8
+# %% ../nbs/api/01_shapes.ipynb #367ad6be
 @dataclass(frozen=True)
 class Scene:
     "One image with everything that is true of it."
@@ -174,7 +184,9 @@ def make_scene(
     shapes = tuple(Shape(*n, tuple(c.tolist()), float(r)) for n, (c, r) in zip(names, places))
     caption = f"{OPENINGS[rng.integers(len(OPENINGS))]} " + " and ".join(s.phrase for s in shapes)
     image, instances = _background(world, rng), np.zeros((world.size, world.size), np.uint8)
-    for k, shape in enumerate(shapes, 1): instances[_paint(image, shape, world, rng)] = k
+    for k, shape in enumerate(shapes, 1):
+        instances[mask := _outline_mask(shape, world.size)] = k
+        fill(image, mask, shape.colour, shape.pattern, world, rng)
     image += world.noise * rng.standard_normal(image.shape, dtype=np.float32)
     return Scene((image.clip(0, 1) * 255).round().astype(np.uint8), instances, shapes, caption)
 

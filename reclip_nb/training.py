@@ -143,32 +143,34 @@ class Progress:
         shown = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("step", "seconds"))
         print(f"step {done:>{len(str(self.steps))}}/{self.steps}  {shown}  left {int(left)//60}:{int(left)%60:02d}", flush=True)
 
-# %% ../nbs/api/06_training.ipynb #153711fe
+# %% ../nbs/api/06_training.ipynb #4b75495a
 @contextlib.contextmanager
 def energy_meter(
     run: Run, # folder that receives emissions.csv
     country: str, # ISO code of the electricity's country, e.g. "NLD"; "" switches the meter off
 ):
-    "Track the energy of a block with CodeCarbon, if it is installed and a country is given."
-    tracker = None
-    if country:
-        with contextlib.suppress(ImportError):
-            from codecarbon import OfflineEmissionsTracker
-            tracker = OfflineEmissionsTracker(country_iso_code=country, output_dir=str(run.path), tracking_mode="process",
-                                              log_level="critical", allow_multiple_runs=True)
-    if tracker: tracker.start()
+    "Track the energy of a block with CodeCarbon. Raises ValueError for an unknown country."
+    if not country:
+        yield
+        return
+    from codecarbon import OfflineEmissionsTracker   # slow to import
+    tracker = OfflineEmissionsTracker(country_iso_code=country, output_dir=str(run.path), tracking_mode="process",
+                                      log_level="critical", allow_multiple_runs=True)
+    tracker.start()
     try: yield
-    finally:
-        if tracker: tracker.stop()
+    finally: tracker.stop()
 
 
 def energy_used(
     run: Run, # run folder
-) -> dict:
-    "Estimated kWh and kg CO2e of a run from its emissions.csv; empty when nothing was tracked."
+) -> dict: # kwh, its parts cpu, gpu and ram, co2e_kg, hours, hardware, country; empty when nothing was tracked
+    "What the meter says of a run, from its emissions.csv."
     if not (run/"emissions.csv").exists(): return {}
     with open(run/"emissions.csv", newline="") as f: rows = list(csv.DictReader(f))
-    return dict(kwh=sum(float(r["energy_consumed"]) for r in rows), co2e_kg=sum(float(r["emissions"]) for r in rows))
+    total = lambda column: sum(float(r[column] or 0) for r in rows)
+    parts = {part: total(f"{part}_energy") for part in ("cpu", "gpu", "ram")}
+    return dict(kwh=total("energy_consumed"), **parts, co2e_kg=total("emissions"), hours=total("duration")/3600,
+                hardware=rows[-1]["gpu_model"] or rows[-1]["cpu_model"], country=rows[-1]["country_iso_code"])
 
 # %% ../nbs/api/06_training.ipynb #012d9532
 def _to(batch: dict, device) -> dict:

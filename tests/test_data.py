@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from reclip_nb.batches import batches, step_batches
-from reclip_nb.data import IMAGENET_TEMPLATES, ORIGINS, READERS, WNIDS, data_root, imagenet_names, open_dataset
+from reclip_nb.data import IMAGENET_TEMPLATES, ORIGINS, READERS, SPLITS, WNIDS, data_root, imagenet_names, open_dataset
 from reclip_nb.photos import Geometry, Unreadable
-from reclip_nb.zeroshot import class_prompts
+from reclip_nb.prompts import class_prompts
+from reclip_nb.shapes import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")   # pycocotools under NumPy 2
 quiet = pytest.mark.filterwarnings("ignore:left out")
@@ -192,7 +193,7 @@ def test_imagenet_names_are_unique():
 @pytest.mark.parametrize("name", READERS)
 def test_missing_data_say_how_to_get_them(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIP_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as e: open_dataset(name)
+    with pytest.raises(FileNotFoundError) as e: open_dataset(name, split=SPLITS.get(name, ["val"])[-1])
     text = str(e.value)
     assert all(part in text for part in (str(tmp_path/name), *ORIGINS[name], "RECLIP_DATA"))
 
@@ -216,17 +217,26 @@ def test_unknown_names_and_options(folder):
     with pytest.raises(TypeError): open_dataset("imagefolder", folder, captions=True)
 
 
+def test_one_call_for_embedded_and_real_sets(folder):
+    embedded = dict(world=World(size=32, per_class=1), seed=3, kind="zero_shot", size=32)
+    shapes, real = open_dataset("shapes", **embedded), open_dataset("imagefolder", folder, **embedded)
+    assert shapes[0]["image"].shape == real[0]["image"].shape == (3, 32, 32)
+    other = open_dataset("shapes", **embedded | dict(seed=4))
+    assert not torch.equal(shapes.images, other.images) and len(shapes) == 24
+    with pytest.raises(ValueError, match="32 pixels wide, not 48: choose"): open_dataset("shapes", **embedded | dict(size=48))
+
+
 def test_data_sets_can_go_to_spawned_workers(coco_folder, folder):
     for data in (open_dataset("coco", coco_folder), open_dataset("imagefolder", folder)):
         assert len(pickle.loads(pickle.dumps(data))) == len(data)
 
 
 def test_steps_over_shapes_resume():
-    data = open_dataset("shapes", world="smoke", split="train")
-    rows = lambda start: [b["index"].tolist() for _, b in step_batches(data, 64, 3, start, 50)]
-    whole, late = rows(0), rows(47)
-    assert whole[47:] == late
-    assert len(set(sum(whole[:46], []))) == 46*64   # 3,000 scenes: an epoch is 46 batches without repetition
+    data = open_dataset("shapes", world=World(size=32, train=300), split="train")
+    rows = lambda start: [b["index"].tolist() for _, b in step_batches(data, 64, 3, start, 10)]
+    whole, late = rows(0), rows(7)
+    assert whole[7:] == late
+    assert len(set(sum(whole[:4], []))) == 4*64   # 300 scenes: an epoch is 4 batches without repetition
 
 
 @pytest.mark.sample

@@ -45,8 +45,11 @@ def test_real_architecture_on_real_photographs(root, tmp_path):
     papermill(root, tmp_path, "localisation", "-f", "configs/sample/localisation.yaml", "-p", "limit", 4)
     aft, epg = (metrics(tmp_path, "sample/photos", n) for n in ("aft4", "epg0.6"))
     assert 0 < aft["aft"] < 4 and 0 < epg["epg"] < 1
-    rows = metrics(tmp_path, "sample/photos", "localisation")["table"]
+    found = metrics(tmp_path, "sample/photos", "localisation")
+    rows = [r for r in found["table"] if r["protocol"] == "zero_shot"]
     assert {r["model"] for r in rows} == {"clip", "aft4", "epg0.6"} and all(r["n"]+r["undefined"] == 4 for r in rows)
+    probed = [r for r in found["table"] if r["protocol"] == "linear_probe"]   # of the six classes; one may lie outside the crop
+    assert {r["model"] for r in probed} == {"aft4"} and all(0 < r["n"]+r["undefined"] <= 4 for r in probed) and found["probes"]
 
 
 @pytest.mark.sample

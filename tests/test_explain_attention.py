@@ -13,7 +13,7 @@ from towers import class_vit, clip_cls, open_clip_vit, sharp, siglip_map, timm_v
 
 from reclip_nb.clip import Clip
 from reclip_nb.explain import EXPLAINERS, explain, explain_many, layer_maps, live_maps
-from reclip_nb.explain.base import minmax
+from reclip_nb.metrics import minmax
 from reclip_nb.tower import as_tower
 
 RAW = dict(size=None, normalize="none")

@@ -11,13 +11,15 @@ import pytest
 import yaml
 from readme import build
 
+from reclip_nb.study import graph
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
 API = sorted(NBS.glob("api/*.ipynb"))
-PAGES = [NBS/"index.ipynb", NBS/"results.ipynb"]   # read, not run by papermill
+PAGES = [NBS/f"{name}.ipynb" for name in ("index", "results", "equations", "protocols", "paper_scale", "faq")]   # read, not run by papermill
 EXPERIMENTS = sorted(set(NBS.glob("*.ipynb"))-set(PAGES))
 NOTEBOOKS = sorted(NBS.rglob("*.ipynb"))
-SETTINGS = sorted(ROOT.glob("configs/**/*.yaml"))
+SETTINGS = sorted(p for preset in ("tiny", "sample", "paper") for p in ROOT.glob(f"configs/{preset}/**/*.yaml"))
 
 
 def name(path: Path) -> str:
@@ -144,6 +146,22 @@ def test_graph_resolves(preset):
     dry = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--quiet", "--config", f"preset={preset}"]
     run = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_cluster_profile():
+    "Snakemake accepts the profile and finds a job for every run."
+    dry = [sys.executable, "-m", "snakemake", "--profile", "configs/slurm", "--executor", "local", "--dry-run", "--forceall",
+           "--config", "preset=paper", "world=imagenet"]   # the SLURM plugin itself need not be here
+    run = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert {*re.findall(r"Job \d+: paper/imagenet-seed0/(\S+)", run.stdout)} == graph("paper").keys()
+
+
+def test_resources_name_notebooks():
+    table = yaml.safe_load((ROOT/"configs"/"resources.yaml").read_text())
+    for preset, entries in table.items():
+        assert entries.keys() <= {"default", *(job.notebook for job in graph(preset).values())}
+        assert all(e.keys() == {"threads", "gpu", "mem", "runtime"} for e in entries.values())
 
 
 # The package and the site

@@ -19,7 +19,7 @@ from ..explain import explain_many
 from ..metrics import localisation_scores, score_table
 from ..zeroshot import prompts_of, text_classifier
 
-# %% ../../nbs/api/06_benchmarks_localisation.ipynb #4636fe67
+# %% ../../nbs/api/06_benchmarks_localisation.ipynb #1d6fb1f5
 def category_text(
     dataset: Dataset, # COCO photographs
     i: int, # row
@@ -31,33 +31,39 @@ def category_text(
 
 def text_source(
     clip: Clip, # gives the text tower
-    dataset: Dataset, # with labels, or COCO photographs
+    dataset: Dataset, # with labels, COCO categories or captions
+    weights: torch.Tensor | None = None, # (C,D) of the data set's classes, e.g. a probe's; None: of their prompts
 ):
-    "Function: batch -> unit text embeddings (B,D) and one prompt each. Raises ValueError without labels and categories."
+    "Function: batch -> text embeddings (B,D) and one prompt each. Raises ValueError without anything to say."
+    if weights is not None:
+        return lambda batch: (weights[batch["label"]], [dataset.classes[y] for y in batch["label"].tolist()])
     if getattr(dataset, "labels", None) is not None:
         prompts = prompts_of(dataset)
         weights = text_classifier(clip, prompts)   # once: ImageNet has 80 templates a class
         return lambda batch: (weights[batch["label"].to(weights.device)], [prompts[y][0] for y in batch["label"].tolist()])
-    if not hasattr(dataset, "instances"): raise ValueError("images need a label or COCO categories to be asked for by a text")
+    categories = getattr(dataset, "coco", None) is not None
+    if not categories and getattr(dataset, "captions", None) is None:
+        raise ValueError("images need a label, COCO categories or a caption to be asked for by a text")
 
-    def by_category(batch):
-        prompts = [category_text(dataset, i) for i in batch["index"].tolist()]
+    def by_image(batch):
+        prompts = [category_text(dataset, i) for i in batch["index"].tolist()] if categories else batch["caption"]
         return text_classifier(clip, [[p] for p in prompts]), prompts
-    return by_category
+    return by_image
 
-# %% ../../nbs/api/06_benchmarks_localisation.ipynb #04b9c734
+# %% ../../nbs/api/06_benchmarks_localisation.ipynb #2be70a02
 def masked_batches(
     clip: Clip, # gives the text tower and the device
-    dataset: Dataset, # items with image and mask
+    dataset: Dataset, # items with image and maybe mask
     batch_size: int = 64, # images per batch
     limit: int = 0, # images in all, evenly spaced; 0: all
+    weights: torch.Tensor | None = None, # (C,D) class weights in the place of prompts, see `text_source`
 ) -> Iterator[tuple]:
-    "Images (B,3,H,W), masks (B,H,W), unit text embeddings (B,1,D), prompts; unusable images are left out and counted."
-    n, text = len(dataset), text_source(clip, dataset)
+    "Images (B,3,H,W), masks (B,H,W) or None, text embeddings (B,1,D), prompts; unusable images are left out and counted."
+    n, text = len(dataset), text_source(clip, dataset, weights)
     rows = torch.linspace(0, n-1, min(limit or n, n)).long().tolist()
     for batch in batches(dataset, batch_size, rows):
-        weights, prompts = text(batch)
-        yield batch["image"].to(clip.mean.device), batch["mask"], weights[:, None], prompts
+        embeddings, prompts = text(batch)
+        yield batch["image"].to(clip.mean.device), batch.get("mask"), embeddings[:, None], prompts
 
 # %% ../../nbs/api/06_benchmarks_localisation.ipynb #5cfa33a3
 def localisation(

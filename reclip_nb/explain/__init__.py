@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMALIZE', 'LAYERWISE', 'finish', 'explain_many', 'explain', 'gradcam_layers', 'layer_maps', 'live_maps']
 
-# %% ../../nbs/api/04_explain.ipynb #15fd823f
+# %% ../../nbs/api/04_explain.ipynb #538223d7
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..blocks import full
 from .attention import attention_cam, chefer, raw_attention, rollout
-from .base import EXPLAINERS, PRESETS, Tap, clip99, lookup, minmax, open_tap, options, resize
+from .base import EXPLAINERS, PRESETS, Tap, clip99, lookup, open_tap, options, resize
 from .cam import grad_eclip, gradcam
 from .gradients import input_gradient, integrated_gradients, simple_gradient, smoothgrad
 from .legrad import legrad, legrad_layers
 from .lrp import lrp, partial_lrp, transformer_attribution
 from .textspan import maskclip, textspan
+from ..metrics import minmax
 
 # %% ../../nbs/api/04_explain.ipynb #960f04f9
 NORMALIZE = ("minmax", "grid", "none")

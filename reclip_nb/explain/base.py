@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPLAINERS', 'PRESETS', 'Tap', 'class_weights', 'check_texts', 'check_inputs', 'open_tap', 'Inside', 'inside', 'qkv',
-           'patches', 'need_class_token', 'vjp', 'resize', 'minmax', 'clip99', 'explainer', 'options', 'lookup',
-           'random', 'center']
+           'patches', 'need_class_token', 'vjp', 'resize', 'clip99', 'explainer', 'options', 'lookup', 'random',
+           'center']
 
 # %% ../../nbs/api/04_explain_base.ipynb #cfa6516c
 import inspect
@@ -182,7 +182,7 @@ def vjp(
              for e in eye.split(chunk)]
     return [torch.cat(g).transpose(0, 1) for g in zip(*grads)]
 
-# %% ../../nbs/api/04_explain_base.ipynb #acf96de3
+# %% ../../nbs/api/04_explain_base.ipynb #4d83e75a
 def resize(
     maps: Tensor,            # (B, T, h, w)
     size: tuple[int, int],   # wanted (H, W)
@@ -190,13 +190,6 @@ def resize(
     "Bilinear; antialiased where a map shrinks (no effect where it grows)."
     if tuple(maps.shape[-2:]) == tuple(size): return maps
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False, antialias=True)
-
-def minmax(
-    maps: Tensor,   # (..., h, w)
-) -> Tensor:        # same shape, each map in [0,1]
-    "Min-max scaling of each map; zeros where a map has no range."
-    lo, hi = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return torch.where(hi > lo, (maps-lo)/torch.where(hi > lo, hi-lo, 1.), 0.)
 
 def clip99(
     maps: Tensor,     # (..., h, w)

@@ -6,7 +6,7 @@
 __all__ = ['cam_weighting', 'activations', 'gradcam', 'cam_map', 'one_head', 'qk_similarity', 'eclip_map', 'head_gradients',
            'grad_eclip']
 
-# %% ../../nbs/api/04_explain_cam.ipynb #4c1edaf0
+# %% ../../nbs/api/04_explain_cam.ipynb #18c3ac74
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..blocks import full
 from .attention import reading, unroll
-from .base import Tap, explainer, minmax, need_class_token, patches, resize, vjp
+from .base import Tap, explainer, need_class_token, patches, resize, vjp
+from ..metrics import minmax
 from ..tower import Tower
 
 # %% ../../nbs/api/04_explain_cam.ipynb #2436bc5e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['positive_mean', 'layer_map', 'final_score_maps', 'legrad_layers', 'legrad']
 
-# %% ../../nbs/api/04_explain_legrad.ipynb #3eab76b6
+# %% ../../nbs/api/04_explain_legrad.ipynb #40568549
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import reading, unroll
-from .base import Tap, check_texts, explainer, minmax, patches
+from .base import Tap, check_texts, explainer, patches
+from ..metrics import minmax
 
 # %% ../../nbs/api/04_explain_legrad.ipynb #1c89fbd6
 def positive_mean(
