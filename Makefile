@@ -12,13 +12,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: help install reproduce test test-all readme docs
+.PHONY: help install reproduce test test-all readme docs bench
 
 help:
 	@echo "make reproduce   run the study (PRESET=$(PRESET) WORLD=$(WORLD) SEEDS=$(SEEDS) CORES=$(CORES)); finished runs are kept"
 	@echo "make test        run the tests: notebooks, golden vectors, faults, photographs, structure, site"
 	@echo "make test-all    the same, and the recorded study once more"
 	@echo "make docs        build the site into _docs (needs Quarto)"
+	@echo "make bench       time the library against plain code and published packages"
 	@echo "make readme      write README.md from nbs/index.ipynb"
 
 install: $(BIN)/installed
@@ -43,8 +44,14 @@ test-all: install
 readme: install
 	$(BIN)/python tests/readme.py
 
-# README.md is newer than index.ipynb after `readme`, so nbdev_docs leaves it alone
+# pages show what the runs of one study left; without them they say how to make it
 docs: readme
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto (quarto.org) on the PATH;" \
 		"make test checks the pages without it" >&2; exit 1; }
-	$(BIN)/nbdev_docs
+	$(BIN)/nbdev_proc_nbs
+	$(BIN)/python tests/pages.py $(PRESET)/$(WORLD)-seed0
+	cd _proc && quarto render --no-cache
+	rm -rf _docs && mv _proc/_docs _docs
+
+bench: install
+	$(BIN)/python tests/bench/all.py $(ARGS)

@@ -6,9 +6,12 @@
 __all__ = ['PARTS', 'MODULE_EXTRAS', 'OTHER_EXTRAS', 'TIMM_TYPES', 'TIMM_EXTRAS', 'READOUTS', 'FIRST', 'unlike_plain',
            'unlike_timm', 'odd_norms', 'refuse', 'block_view', 'timm_view', 'coca_pooler', 'pooled_from', 'timm_pooler',
            'Tower', 'ViT', 'OpenClipViT', 'open_clip_readout', 'batch_first', 'patch_grid', 'set_posemb', 'TimmViT',
-           'timm_readout', 'timm_projection', 'set_timm_size', 'ResNet', 'tower_kind', 'as_tower']
+           'timm_readout', 'timm_projection', 'set_timm_size', 'resnet_grid', 'ResNet', 'tower_kind', 'as_tower',
+           'fast_encoder']
 
-# %% ../nbs/api/03_tower.ipynb #dae4982c
+# %% ../nbs/api/03_tower.ipynb #0dbebfe6
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent, PatchEmbed
@@ -131,7 +134,7 @@ def timm_pooler(
     return Pooler(trunk.norm, pooled_from(trunk), nn.Identity(), lambda: pool.q(pool.latent[0, 0]),
                   pool.kv.weight, pool.kv.bias, pool.proj, mlp, pool.num_heads)
 
-# %% ../nbs/api/03_tower.ipynb #1d3ddabe
+# %% ../nbs/api/03_tower.ipynb #c92a07be
 class Tower:
     "What every tower can do; `states[0]` is the embedding, `states[l+1]` the output of block l."
     n_layers: int    # L
@@ -151,6 +154,10 @@ class Tower:
         "Image embeddings (B, D), not normalised."
         return self.tail(self.embed(x), 0)
 
+    def fast(self, x: Tensor) -> Tensor:
+        "As `encode`, by whatever is cheapest for this tower."
+        return self.encode(x)
+
     def tail(self, h: Tensor, start: int, heads: int | None = None) -> Tensor:
         "From the input of block `start` to the embedding (B, D); `heads` overrides those of the last block."
         for l in range(start, self.n_layers-1): h = self.block(h, l)
@@ -169,7 +176,7 @@ class Tower:
                              f"{-self.n_layers} to {self.n_layers-1}")
         return layer % self.n_layers
 
-# %% ../nbs/api/03_tower.ipynb #9d8a0b2d
+# %% ../nbs/api/03_tower.ipynb #df353f97
 READOUTS = ("model", "cls", "mean", "released")
 FIRST = slice(0, 1)    # the row of the class token
 
@@ -209,6 +216,12 @@ class ViT(Tower):
         "The last block: for the class token only, where that is all the read-out uses."
         if heads is None and (not self.class_token or not self.plain(-1)): return super().last(h)
         return self.view(-1)(h, FIRST if self.class_token else slice(None), heads)
+
+    def fast(self, x: Tensor) -> Tensor:
+        "Blocks as plain matrix products on batch-first tokens, the last one for what the read-out uses."
+        h = self.embed(x)
+        for l in range(self.n_layers-1): h = self.view(l)(h) if self.plain(l) else self.block(h, l)
+        return self.head(self.last(h))
 
     def tokens(self, h: Tensor) -> Tensor: return h
     def shape(self, h: Tensor) -> tuple[int, int]: return self.grid
@@ -357,7 +370,14 @@ def set_timm_size(
     pos, prefix = trunk._parameters.pop("pos_embed"), 0 if trunk.no_embed_class else trunk.num_prefix_tokens
     trunk.pos_embed = resample_posemb(pos[0], old, new, prefix, antialias)[None]
 
-# %% ../nbs/api/03_tower.ipynb #6ef884fc
+# %% ../nbs/api/03_tower.ipynb #37ff0cfb
+def resnet_grid(
+    size: tuple[int, int],   # image (H, W)
+) -> tuple[int, int]:        # (gh, gw)
+    "Cells of the last stage: a convolution and four poolings halve the sides. ValueError below 32 pixels."
+    if min(size) < 32: raise ValueError(f"images of {size[0]}x{size[1]} px are below the 32 px of one cell of a ResNet")
+    return tuple((s+1)//2//16 for s in size)
+
 class ResNet(Tower):
     "open_clip's `ModifiedResNet`: blocks are the four stages, states are feature maps (B, C, h, w)."
     n_layers, prefix, cam_layer = 4, 0, -1
@@ -371,7 +391,7 @@ class ResNet(Tower):
         self.visual, native = visual, round((len(visual.attnpool.positional_embedding)-1)**.5)
         self.blocks = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
         self.dim = visual.attnpool.c_proj.out_features
-        set_posemb(visual.attnpool, (native, native), patch_grid(size, (32, 32)), antialias)
+        set_posemb(visual.attnpool, (native, native), resnet_grid(size), antialias)
 
     def embed(self, x: Tensor) -> Tensor: return self.visual.stem(x)
     def block(self, h: Tensor, l: int) -> Tensor: return self.blocks[l](h)
@@ -410,3 +430,12 @@ def as_tower(
     kind = tower_kind(visual)
     if size is None: size = getattr(visual, "image_size", None) or visual.patch_embed.img_size
     return kind(shadow(visual, live), (size, size) if isinstance(size, int) else tuple(size), antialias)
+
+# %% ../nbs/api/03_tower.ipynb #56ed5ee2
+def fast_encoder(
+    model: nn.Module, # a `Clip`, an open_clip model, its image tower, or a timm ViT
+) -> Callable[[Tensor], Tensor]: # the tower's own input (B,3,H,W) -> embeddings (B,D), not normalised
+    "The embedding in evaluation mode; gradients reach the input, not the parameters."
+    visual = getattr(model, "visual", model)
+    try: return as_tower(visual).fast
+    except TypeError: return shadow(visual)   # an architecture we do not know: its own forward pass

@@ -6,7 +6,7 @@
 __all__ = ['prompts_of', 'mean_direction', 'text_classifier', 'logit_scale', 'ClipClassifier', 'held_out', 'correct',
            'robustness_probe', 'class_prompts']
 
-# %% ../nbs/api/05_zeroshot.ipynb #4afd0934
+# %% ../nbs/api/05_zeroshot.ipynb #48dc3976
 import copy
 
 import torch
@@ -19,6 +19,7 @@ from .clip import Clip
 from .data import open_dataset
 from .prompts import PAPER_TEMPLATES, class_prompts
 from .shapes import ShapesDataset, prompts as shapes_prompts
+from .tower import fast_encoder
 
 # %% ../nbs/api/05_zeroshot.ipynb #916de150
 def prompts_of(
@@ -59,7 +60,7 @@ def text_classifier(
                          "rename one of each")
     return weights
 
-# %% ../nbs/api/05_zeroshot.ipynb #b49979b4
+# %% ../nbs/api/05_zeroshot.ipynb #1468c6b0
 def logit_scale(
     clip: Clip, # model
     tag: str = "", # open_clip tag of its weights; "openai" must have 100
@@ -95,7 +96,7 @@ class ClipClassifier(nn.Module):
         if self.visual.training:
             raise RuntimeError("the classifier is in training mode: call .eval(), or attacks hit a moving target")
         if x.shape[-2:] != self.image_size: x = F.interpolate(x, self.image_size, mode="bicubic")
-        return self.scale*F.normalize(self.visual((x-self.mean)/self.std), dim=-1) @ self.weights.mT
+        return self.scale*F.normalize(fast_encoder(self.visual)((x-self.mean)/self.std), dim=-1) @ self.weights.mT
 
 # %% ../nbs/api/05_zeroshot.ipynb #2fe5e2bf
 def held_out(

@@ -61,3 +61,10 @@ def test_cifar10(root, tmp_path):
     clip, aft = (metrics(tmp_path, "sample/cifar", n) for n in ("clip", "aft2"))
     assert clip["clean"] > .2, "twice chance"
     assert aft["n"] == 1500 and aft["aft"] > 0
+    papermill(root, tmp_path, "zero_shot", "-f", "configs/sample/zero_shot.yaml", "-p", "limit", 48, "-p", "n_iter", 4)
+    rows = metrics(tmp_path, "sample/cifar", "zero_shot")["table"]
+    rows = {(r["model"], r["prompts"], r["metric"]): r for r in rows if r["data"] == "cifar10_small"}
+    assert len(rows) == 2*2*3 and all(r["n"] == 48 and r["chance"] == .1 for r in rows.values())
+    for model in ("clip", "aft2"):
+        clean, two, four = (rows[model, "reference", k]["mean"] for k in ("clean", "robust_2", "robust_4"))
+        assert clean >= two >= four and clean > .1

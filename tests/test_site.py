@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pages import fill_all, text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,3 +95,26 @@ def test_links_to_the_own_site_lead_somewhere(site):
     home, texts = config["DEFAULT"]["doc_host"]+config["DEFAULT"]["doc_baseurl"]+"/", pages(site)
     found = {link.removeprefix(home).partition("#")[0] for t in texts.values() for link in links(t) if link.startswith(home)}
     assert found <= addresses(texts).keys()
+
+
+def test_experiment_pages_show_what_a_study_left(site, tmp_path):
+    "Outputs go to the cells they belong to; a page without a run says how to make one; widgets and warnings stay away."
+    folder, study = tmp_path/"pages", tmp_path/"tiny"/"quick-seed0"
+    shutil.copytree(site, folder)
+    for page, run in (("localisation", "localisation"), ("train_aft", "aft4")):
+        nb = json.loads((ROOT/"nbs"/f"{page}.ipynb").read_text())
+        made = [dict(output_type="stream", name="stdout", text="seen"), dict(output_type="stream", name="stderr", text="warning"),
+                dict(output_type="display_data", metadata={}, data={"application/vnd.jupyter.widget-view+json": {}})]
+        for cell in nb["cells"]: cell |= dict(outputs=made) if cell["cell_type"] == "code" else {}
+        nb["cells"].insert(3, dict(cell_type="code", source="study = 'x'", outputs=[], metadata={"tags": ["injected-parameters"]}, execution_count=1))
+        (study/run).mkdir(parents=True)
+        (study/run/"notebook.ipynb").write_text(json.dumps(nb))
+        (study/run/"run.json").write_text(json.dumps(dict(provenance=dict(time="2026-01-02T03:04:05"))))
+        (study/run/"metrics.json").write_text("{}")
+    found = fill_all(folder, study)
+    assert {page for page, ok in found.items() if ok} == {"localisation", "train_aft"}
+    for page, ok in found.items():
+        cells = json.loads((folder/f"{page}.ipynb").read_text())["cells"]
+        code = [c for c in cells if c["cell_type"] == "code"]
+        assert all([o["text"] for o in c["outputs"]] == ["seen"] for c in code) if ok else not any(c["outputs"] for c in code)
+        assert ("2026-01-02" if ok else "make reproduce") in text(next(c for c in cells if c.get("id") == "outputs-from"))

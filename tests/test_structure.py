@@ -16,7 +16,7 @@ from reclip_nb.study import graph
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
 API = sorted(NBS.glob("api/*.ipynb"))
-PAGES = [NBS/f"{name}.ipynb" for name in ("index", "results", "equations", "protocols", "paper_scale", "faq")]   # read, not run by papermill
+PAGES = [NBS/f"{name}.ipynb" for name in ("index", "results", "benchmarks", "equations", "protocols", "paper_scale", "faq")]   # read, not run by papermill
 EXPERIMENTS = sorted(set(NBS.glob("*.ipynb"))-set(PAGES))
 NOTEBOOKS = sorted(NBS.rglob("*.ipynb"))
 SETTINGS = sorted(p for preset in ("tiny", "sample", "paper") for p in ROOT.glob(f"configs/{preset}/**/*.yaml"))

@@ -1,0 +1,53 @@
+"""Outputs for the site's experiment pages, from the copies that the graph executed: `make docs` runs this between nbdev and Quarto."""
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN_RUN = {"train_clip": "clip", "train_aft": "aft4", "train_epg": "epg0.6", "train_classifier": "classifier"}   # of several
+WIDGET = "application/vnd.jupyter.widget-view+json"   # alive only in a notebook
+
+
+def text(cell: dict) -> str:
+    "Source of a cell, however it is stored."
+    return "".join(cell["source"]).strip()
+
+
+def shown(cell: dict) -> list[dict]:
+    "Outputs that a page can show: no widgets, no warnings."
+    return [o for o in cell["outputs"] if WIDGET not in o.get("data", {}) and o.get("name") != "stderr"]
+
+
+def note(study: str, run: Path | None) -> dict:
+    "The cell that says where the outputs come from."
+    words = "The outputs of this page are not built: run `make reproduce`, then `make docs`."
+    if run: words = f"Outputs: study `{study}`, run `{run.name}`, {json.loads((run/'run.json').read_text())['provenance']['time'][:10]}."
+    return dict(cell_type="markdown", id="outputs-from", metadata={}, source=f"::: {{.callout-note}}\n{words}\n:::")
+
+
+def fill(page: Path, study: Path) -> bool:
+    "Put the outputs of the finished run that belongs to a processed page into it; False where there is none."
+    run = study/SHOWN_RUN.get(page.stem, page.stem)
+    done = (run/"notebook.ipynb").exists() and (run/"metrics.json").exists()
+    nb = json.loads(page.read_text())
+    executed = json.loads((run/"notebook.ipynb").read_text())["cells"] if done else []
+    outputs = {text(c): shown(c) for c in executed if c["cell_type"] == "code"}
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code": cell["outputs"] = outputs.get(text(cell), cell["outputs"])
+    first = next(i for i, c in enumerate(nb["cells"]) if c["cell_type"] == "markdown")
+    nb["cells"].insert(first+1, note("/".join(study.parts[-2:]), run if done else None))
+    page.write_text(json.dumps(nb))
+    return done
+
+
+def fill_all(folder: Path, study: Path) -> dict[str, bool]:
+    "Every page of an experiment: whether it has outputs."
+    pages = [p for p in sorted(folder.glob("*.ipynb")) if (ROOT/"configs"/"tiny"/f"{p.stem}.yaml").exists()]
+    return {p.stem: fill(p, study) for p in pages}
+
+
+if __name__ == "__main__":
+    runs = Path(os.environ.get("RECLIP_RUNS", ROOT/"runs"))
+    found = fill_all(ROOT/"_proc", runs/(sys.argv[1] if len(sys.argv) > 1 else "tiny/quick-seed0"))
+    print(f"{sum(found.values())} of {len(found)} experiment pages have outputs; none: {', '.join(p for p, ok in found.items() if not ok) or '–'}")
