@@ -63,7 +63,7 @@ def torchattacks(f, x, y, steps):
     return torchattacks.APGD(f, eps=EPS, steps=steps)(x, y)
 
 
-PROGRAMS = dict(fp32=ours, bf16=partial(ours, grad_dtype=torch.bfloat16), torchattacks=lambda f, *a: torchattacks(Plain(f), *a),
+PROGRAMS = dict(fp32=ours, bf16=partial(ours, grad_dtype=torch.bfloat16), torchattacks=lambda f, *a: torchattacks(Plain(f).eval(), *a),
                 same_forward=torchattacks)   # torchattacks around our classifier: what is left is the attack's own overhead
 
 
