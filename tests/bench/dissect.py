@@ -161,7 +161,8 @@ def main(args):
         print(f"{metric:10}", LINE.format(memory=memory, **found), flush=True)
     for metric in args.metrics if args.full else []:
         full.append(found := alone(metric, args.full, args.concepts))
-        print(f"{metric:10}", f"{args.full} images: {found['seconds']:.1f} s, MB:", {k: v and round(v) for k, v in found.items() if "mb" in k}, flush=True)
+        memory = {k: v and round(v) for k, v in found.items() if k.endswith("mb")}
+        print(f"{metric:10} {args.full} images: {found['seconds']:.1f} s, memory {memory}", flush=True)
     if args.json:
         result = dict(what="process seconds of one call, synthetic embeddings and activations", machine=machine(),
                       images=args.images, concepts=args.concepts, neurons=NEURONS, width=WIDTH, rows=rows,
