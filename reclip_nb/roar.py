@@ -171,7 +171,7 @@ def in_memory(
     if not kept or kept[0][1] is None: raise ValueError(f"{type(dataset).__name__}: ROAR needs images with labels")
     return Split(*map(torch.cat, zip(*kept)))
 
-# %% ../nbs/api/05_roar.ipynb #95b831e9
+# %% ../nbs/api/05_roar.ipynb #e65acecf
 TARGETS = ("predicted", "true")
 
 
@@ -214,7 +214,7 @@ def static_maps(
                 for m, maps in found.items(): arrays[m][at:at+len(maps)] = maps
                 at += len(maps)
             for a in arrays.values(): a.flush()
-    return {m: np.load(f, mmap_mode="r") for m, f in files.items()}
+    return {m: np.load(f, mmap_mode="c") for m, f in files.items()}
 
 
 def fingerprint(
@@ -259,7 +259,7 @@ def removed(
         if maps is not None: counts = {name: counts[name]+n for name, n in tie_counts(s, k).items()}
     return Split(images, split.labels), Split(holes, split.labels), counts
 
-# %% ../nbs/api/05_roar.ipynb #005757ca
+# %% ../nbs/api/05_roar.ipynb #afdb7840
 def tiny_cnn(
     count: int, # classes
     width: int = 24, # channels of the stem
@@ -307,10 +307,9 @@ def augment(
     "Every image shifted and mirrored on its own."
     n, _, h, w = x.shape
     if flip: x = torch.where(torch.rand(n, 1, 1, 1, generator=generator).to(x) < .5, x.flip(-1), x)
-    dy, dx = torch.randint(2*shift+1, (2, n, 1), generator=generator).to(x.device)
-    rows, columns = dy+torch.arange(h, device=x.device), dx+torch.arange(w, device=x.device)
-    image = torch.arange(n, device=x.device)[:, None, None]
-    return F.pad(x, (shift,)*4)[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    dy, dx = torch.randint(2*shift+1, (2, n), generator=generator).tolist()
+    padded = F.pad(x, (shift,)*4).permute(0, 2, 3, 1)   # channels last: a crop copies whole runs
+    return torch.stack([p[i:i+h, j:j+w] for p, i, j in zip(padded, dy, dx)]).permute(0, 3, 1, 2)
 
 # %% ../nbs/api/05_roar.ipynb #e67d5fb9
 def new_network(
