@@ -151,7 +151,7 @@ def attention_grad(
     "ds/dA for every head, query row and key."
     return torch.einsum("btrhe,bnhe->bthrn", *(z.unflatten(-1, (heads, -1)) for z in (u, full(v))))
 
-# %% ../nbs/api/02_blocks.ipynb #8fd6bff2
+# %% ../nbs/api/02_blocks.ipynb #4d345451
 @dataclass
 class Block:
     "The parts of one pre-norm transformer block, under one set of names for every library."
@@ -162,6 +162,7 @@ class Block:
     gamma1: Tensor | float   # LayerScale after attention, 1 if absent
     mlp: Mlp
     heads: int
+    explicit: bool = False   # True: the softmax in the graph, which a second derivative needs; False: a fused kernel
 
     def qkv(self, h: Tensor) -> tuple[Tensor, ...]:
         "(B, N, d) normalised tokens -> queries, keys, values, each (B, N, d), heads side by side."
@@ -169,7 +170,9 @@ class Block:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int | None = None) -> Tensor:
         "O, the concatenated head outputs (B, N, d), before the output projection."
-        o = F.scaled_dot_product_attention(*(split_heads(z, heads or self.heads) for z in (q, k, v)))
+        n = heads or self.heads
+        if self.explicit: o = attention_weights(q, k, n) @ split_heads(v, n)
+        else: o = F.scaled_dot_product_attention(*(split_heads(z, n) for z in (q, k, v)))
         return o.transpose(1, 2).flatten(2)
 
     def residual(self, x: Tensor, o: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def save_classifier(
     state = {k: v.detach().cpu().contiguous() for k, v in net.visual.state_dict().items()}
     with atomic(expand(path)) as tmp: save_file(state, tmp, {"format": "pt", "reclip": json.dumps(facts)})
 
-# %% ../nbs/api/03_classifier.ipynb #e1a61aef
+# %% ../nbs/api/03_classifier.ipynb #a03d9f50
 class Classification:
     "Cross-entropy as an objective of the training loop; batches carry `image` and `label`."
     def __init__(self,
@@ -106,7 +106,7 @@ class Classification:
 
     def __call__(self, batch: dict, generator: torch.Generator) -> dict:
         x, y = batch["image"], batch["label"]
-        if torch.rand((), generator=generator) < .5: x = x.flip(-1)
+        if torch.rand((), generator=generator, device=generator.device) < .5: x = x.flip(-1)
         logits = self.net(x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.smoothing)
         return dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())

@@ -23,7 +23,7 @@ def contrastive_loss(
     target, logits = same/same.sum(1), scale*image @ text.T
     return (F.cross_entropy(logits, target)+F.cross_entropy(logits.T, target))/2
 
-# %% ../nbs/api/05_contrastive.ipynb #6a7040e9
+# %% ../nbs/api/05_contrastive.ipynb #980809fc
 class Contrastive:
     "InfoNCE as an objective of the training loop; batches carry `image`, `caption` and `index`."
     def __init__(self,
@@ -34,7 +34,7 @@ class Contrastive:
 
     def __call__(self, batch: dict, generator: torch.Generator) -> dict:
         x, model = batch["image"], self.clip.model
-        if torch.rand((), generator=generator) < .5: x = x.flip(-1)
+        if torch.rand((), generator=generator, device=generator.device) < .5: x = x.flip(-1)
         image, text = self.clip.encode_image(x), self.clip.encode_text(batch["caption"])
         content = self.content[torch.as_tensor(batch["index"])].to(x.device)
         loss = contrastive_loss(image, text, model.logit_scale.exp().clamp(max=100), content)

@@ -49,7 +49,7 @@ def embedding_gradients(
         (g,) = vjp((e[:, None]*v).sum(-1), [x], create_graph=create_graph)
     return e, g
 
-# %% ../nbs/api/05_dual.ipynb #5a3d9dc6
+# %% ../nbs/api/05_dual.ipynb #f3053d6a
 FORMS = ("random", "text", "literal")
 
 
@@ -69,8 +69,9 @@ def text_directions(
     generator: torch.Generator, # randomness
 ) -> torch.Tensor:
     "Normalised differences of two different texts, (B,n,D)."
-    one = torch.randint(len(texts), (batch, n), generator=generator)
-    other = (one+torch.randint(1, len(texts), (batch, n), generator=generator)) % len(texts)
+    where = dict(generator=generator, device=generator.device)
+    one, gap = (torch.randint(a, len(texts), (batch, n), **where).to(texts.device) for a in (0, 1))
+    other = (one+gap) % len(texts)
     return F.normalize(texts[one]-texts[other], dim=-1)
 
 # %% ../nbs/api/05_dual.ipynb #dbafb813

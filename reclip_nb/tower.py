@@ -9,8 +9,9 @@ __all__ = ['PARTS', 'MODULE_EXTRAS', 'OTHER_EXTRAS', 'TIMM_TYPES', 'TIMM_EXTRAS'
            'timm_readout', 'timm_projection', 'set_timm_size', 'resnet_grid', 'ResNet', 'tower_kind', 'as_tower',
            'fast_encoder']
 
-# %% ../nbs/api/03_tower.ipynb #0dbebfe6
+# %% ../nbs/api/03_tower.ipynb #c0a5bfbd
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ def timm_pooler(
     return Pooler(trunk.norm, pooled_from(trunk), nn.Identity(), lambda: pool.q(pool.latent[0, 0]),
                   pool.kv.weight, pool.kv.bias, pool.proj, mlp, pool.num_heads)
 
-# %% ../nbs/api/03_tower.ipynb #c92a07be
+# %% ../nbs/api/03_tower.ipynb #c0b08015
 class Tower:
     "What every tower can do; `states[0]` is the embedding, `states[l+1]` the output of block l."
     n_layers: int    # L
@@ -158,6 +159,10 @@ class Tower:
         "As `encode`, by whatever is cheapest for this tower."
         return self.encode(x)
 
+    def encode_twice(self, x: Tensor) -> Tensor:
+        "As `encode`, differentiable twice where the blocks are plain."
+        return self.encode(x)
+
     def tail(self, h: Tensor, start: int, heads: int | None = None) -> Tensor:
         "From the input of block `start` to the embedding (B, D); `heads` overrides those of the last block."
         for l in range(start, self.n_layers-1): h = self.block(h, l)
@@ -176,7 +181,7 @@ class Tower:
                              f"{-self.n_layers} to {self.n_layers-1}")
         return layer % self.n_layers
 
-# %% ../nbs/api/03_tower.ipynb #df353f97
+# %% ../nbs/api/03_tower.ipynb #0fb94fd9
 READOUTS = ("model", "cls", "mean", "released")
 FIRST = slice(0, 1)    # the row of the class token
 
@@ -223,10 +228,18 @@ class ViT(Tower):
         for l in range(self.n_layers-1): h = self.view(l)(h) if self.plain(l) else self.block(h, l)
         return self.head(self.last(h))
 
+    def encode_twice(self, x: Tensor) -> Tensor:
+        "As `encode`, with every softmax in the graph; torch's math kernel would keep single-precision copies of bfloat16."
+        h, final = self.embed(x), self.n_layers-1
+        for l in range(self.n_layers):
+            rows = FIRST if l == final and self.class_token else slice(None)
+            h = replace(self.view(l), explicit=True)(h, rows) if self.plain(l) else self.block(h, l)
+        return self.head(h)
+
     def tokens(self, h: Tensor) -> Tensor: return h
     def shape(self, h: Tensor) -> tuple[int, int]: return self.grid
 
-# %% ../nbs/api/03_tower.ipynb #5afa2c1c
+# %% ../nbs/api/03_tower.ipynb #c95a9fff
 class OpenClipViT(ViT):
     "An open_clip `VisionTransformer`: class token, average of the patches, or CoCa's pooler."
     prefix = 1
@@ -247,7 +260,11 @@ class OpenClipViT(ViT):
 
     def embed(self, x: Tensor) -> Tensor:
         "Patches, class token, positions: (B, 3, H, W) -> (B, N, d)."
-        v, h = self.visual, self.visual.conv1(x).flatten(2).transpose(1, 2)
+        return self.assemble(self.visual.conv1(x).flatten(2).transpose(1, 2))
+
+    def assemble(self, h: Tensor) -> Tensor:
+        "Class token and positions to embedded patches (B, gh*gw, d)."
+        v = self.visual
         cls = v.class_embedding.to(h.dtype).expand(len(h), 1, -1)
         return v.ln_pre(torch.cat([cls, h], 1)+v.positional_embedding.to(h.dtype))
 

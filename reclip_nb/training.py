@@ -6,7 +6,7 @@
 __all__ = ['schedule', 'FitConfig', 'optimizer', 'autocast', 'step_generator', 'save_checkpoint', 'load_checkpoint',
            'drop_checkpoints', 'Progress', 'energy_meter', 'energy_used', 'backward', 'gradient_norm', 'fit']
 
-# %% ../nbs/api/06_training.ipynb #cb4dc6e8
+# %% ../nbs/api/06_training.ipynb #190e695a
 import contextlib
 import csv
 import time
@@ -18,6 +18,7 @@ from torch import nn
 
 from .clip import check_pixels
 from .data import step_batches
+from .fast import bf16_on
 from .runs import Run, append_rows, atomic, digest, read_rows
 
 # %% ../nbs/api/06_training.ipynb #65400ade
@@ -56,7 +57,7 @@ class FitConfig:
         if not 0 <= self.warmup < self.steps: raise ValueError(f"warmup={self.warmup} must be below steps={self.steps}")
         if self.precision not in ("auto", "fp32", "bf16"): raise ValueError(f"precision={self.precision!r}; allowed: auto, fp32, bf16")
 
-# %% ../nbs/api/06_training.ipynb #5a77f010
+# %% ../nbs/api/06_training.ipynb #9fb2e7c5
 def optimizer(
     module: nn.Module, # holds the trainable parameters
     cfg: FitConfig, # settings
@@ -67,8 +68,9 @@ def optimizer(
     flat = [p for p in params if p.ndim < 2] if cfg.wd_exclude_1d else []
     ids = {id(p) for p in flat}
     groups = [dict(params=[p for p in params if id(p) not in ids]), dict(params=flat, weight_decay=0.)]
+    fused = params[0].is_cuda or cfg.precision == "bf16"   # one kernel, which rounds the last bit differently
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                             weight_decay=cfg.weight_decay, fused=params[0].is_cuda)
+                             weight_decay=cfg.weight_decay, fused=fused)
 
 
 def autocast(
@@ -76,18 +78,17 @@ def autocast(
     precision: str, # see `FitConfig`
 ):
     "The autocast context of a precision setting."
-    has = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    on = precision == "bf16" or (precision == "auto" and has)
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16_on(device, precision))
 
-# %% ../nbs/api/06_training.ipynb #d369b8b3
+# %% ../nbs/api/06_training.ipynb #7b7eba4b
 def step_generator(
     seed: int, # seed of the run
     step: int, # update
     micro: int = 0, # micro-batch within the update
+    device: torch.device | str = "cpu", # where it draws; other devices, other numbers
 ) -> torch.Generator:
     "A generator that is a pure function of its arguments."
-    return torch.Generator().manual_seed(int(digest([seed, step, micro]), 16))
+    return torch.Generator(device).manual_seed(int(digest([seed, step, micro]), 16))
 
 # %% ../nbs/api/06_training.ipynb #f88c906c
 def save_checkpoint(
@@ -172,7 +173,7 @@ def energy_used(
     return dict(kwh=total("energy_consumed"), **parts, co2e_kg=total("emissions"), hours=total("duration")/3600,
                 hardware=rows[-1]["gpu_model"] or rows[-1]["cpu_model"], country=rows[-1]["country_iso_code"])
 
-# %% ../nbs/api/06_training.ipynb #012d9532
+# %% ../nbs/api/06_training.ipynb #49f74921
 def _to(batch: dict, device) -> dict:
     "Tensors of a batch on the device."
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -191,9 +192,9 @@ def backward(
     step: int, # update
 ) -> dict:
     "Accumulate the gradients of a batch; returns the mean of everything the objective reports, detached."
-    parts, total = _split(batch, cfg.accumulate), {}
+    parts, total, device = _split(batch, cfg.accumulate), {}, batch["image"].device
     for m, part in enumerate(parts):
-        with autocast(batch["image"].device, cfg.precision): out = objective(part, step_generator(cfg.seed, step, m))
+        with autocast(device, cfg.precision): out = objective(part, step_generator(cfg.seed, step, m, device))
         (out["loss"]/len(parts)).backward()
         for k, v in out.items(): total[k] = total.get(k, 0)+v.detach()/len(parts)
     return total

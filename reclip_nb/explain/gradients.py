@@ -18,7 +18,7 @@ from ..blocks import score_grad, scores
 from .base import Tap, explainer, vjp
 from ..tower import as_tower
 
-# %% ../../nbs/api/04_explain_gradients.ipynb #70555d79
+# %% ../../nbs/api/04_explain_gradients.ipynb #38b464a4
 def input_gradient(
     model: nn.Module,           # a `Clip` (gradient in pixels) or an image tower (in its own input)
     x: Tensor,                  # (B, 3, H, W) images
@@ -31,8 +31,9 @@ def input_gradient(
     tower = as_tower(model, x.shape[-2:], live=create_graph)
     x = x if x.requires_grad else x.detach().requires_grad_()
     math = sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
+    lean = create_graph and torch.is_autocast_enabled(x.device.type)
     with torch.enable_grad(), math:
-        f = tower.encode(model.normalize(x) if hasattr(model, "normalize") else x)
+        f = (tower.encode_twice if lean else tower.encode)(model.normalize(x) if hasattr(model, "normalize") else x)
         return vjp(scores(f, texts, score), [x], chunk, create_graph)[0]
 
 # %% ../../nbs/api/04_explain_gradients.ipynb #1fb93013
