@@ -8,6 +8,7 @@
 # runs after a change of prose). A training that was stopped goes on from its last checkpoint.
 import os
 import sys
+from functools import cache
 
 import yaml
 
@@ -31,6 +32,18 @@ def as_yaml(parameters):
 def resources(notebook):
     "Threads, GPUs, memory and wall time of a notebook."
     return RESOURCES["default"] | RESOURCES.get(notebook, {})
+
+
+def minutes(runtime):
+    "Of a wall time such as 30m or 12h."
+    return int(runtime[:-1]) * dict(m=1, h=60)[runtime[-1]]
+
+
+@cache
+def ahead(run):
+    "Declared minutes from the start of a run to the end of the study: what has most ahead of it starts first."
+    later = [ahead(name) for name, job in RUNS.items() if run in job.reads]
+    return minutes(resources(RUNS[run].notebook)["runtime"]) + max(later, default=0)
 
 
 def settings(wildcards):
@@ -67,6 +80,7 @@ for notebook in dict.fromkeys(job.notebook for job in RUNS.values()):
             settings=lambda wildcards, input: " ".join(f"-f {file}" for file in input.settings),
             study=f"-p study {PRESET}/{{world}}-seed{{seed}} -p world {{world}} -p seed {{seed}}",
             own=lambda wildcards: as_yaml(RUNS[wildcards.run].parameters)
+        priority: max(ahead(run) for run, job in RUNS.items() if job.notebook == notebook)
         threads: resources(notebook)["threads"]
         resources: **{key: value for key, value in resources(notebook).items() if key != "threads"}
         shell:
