@@ -2,6 +2,8 @@
 PRESET ?= tiny
 WORLD ?= quick
 SEEDS ?= 1
+# 1: also the wider comparisons that go beyond the papers
+SWEEPS ?= 0
 CORES ?= 2
 # more arguments for pytest, snakemake or pip: make test ARGS="-k aft"
 ARGS ?=
@@ -15,7 +17,7 @@ BIN := .venv/bin
 .PHONY: help install reproduce test test-all readme docs bench
 
 help:
-	@echo "make reproduce   run the study (PRESET=$(PRESET) WORLD=$(WORLD) SEEDS=$(SEEDS) CORES=$(CORES)); finished runs are kept"
+	@echo "make reproduce   run the study (PRESET=$(PRESET) WORLD=$(WORLD) SEEDS=$(SEEDS) SWEEPS=$(SWEEPS) CORES=$(CORES)); finished runs are kept"
 	@echo "make test        run the tests: notebooks, golden vectors, faults, photographs, structure, site"
 	@echo "make test-all    the same, and the recorded study once more"
 	@echo "make docs        build the site into _docs (needs Quarto)"
@@ -33,7 +35,7 @@ $(BIN)/installed: settings.ini setup.py
 
 reproduce: install
 	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs --quiet host reason \
-		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) $(ARGS)
+		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) sweeps=$(SWEEPS) $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadfile $(ARGS)

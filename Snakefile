@@ -2,6 +2,7 @@
 #
 #   snakemake -c2                                                             the embedded world, one seed
 #   snakemake -c2 --config world=full seeds=3                                 another size, three seeds
+#   snakemake -c2 --config sweeps=1                                           the wider comparisons beyond the papers too
 #   snakemake --profile configs/slurm --config preset=paper world=imagenet    the papers' own settings, on a cluster
 #
 # A job runs again when its notebook, its YAML or the numbers it reads have changed in content (`--touch` accepts finished
@@ -20,7 +21,7 @@ SEEDS = range(int(config.get("seeds", 1)))
 FOLDER = os.path.expanduser(os.environ.get("RECLIP_RUNS", "runs"))
 STUDY = f"{FOLDER}/{PRESET}/{{world}}-seed{{seed}}"
 
-RUNS = graph(PRESET)   # configs/graph.yaml
+RUNS = graph(PRESET, sweeps=bool(int(config.get("sweeps", 0))))   # configs/graph.yaml
 with open("configs/resources.yaml") as file: RESOURCES = yaml.safe_load(file)[PRESET]
 
 

@@ -37,11 +37,13 @@ def _job(name: str, entry: dict, preset: str) -> Job:
 
 def graph(
     preset: str, # "tiny", "sample" or "paper"
+    sweeps: bool = False, # also the runs that only widen a comparison which goes beyond the papers
 ) -> dict[str, Job]:
     "Every run of a preset. Raises ValueError for an unknown preset."
     if preset not in PRESETS: raise ValueError(f"no preset {preset!r}: choose one of {PRESETS}")
     entries = yaml.safe_load((root()/"configs"/"graph.yaml").read_text())
-    jobs = {name: _job(name, e, preset) for name, e in entries.items() if preset in e.get("presets", PRESETS)}
+    chosen = {name: e for name, e in entries.items() if preset in e.get("presets", PRESETS) and (sweeps or not e.get("sweep"))}
+    jobs = {name: _job(name, e, preset) for name, e in chosen.items()}
     needs = lambda name, job: [r for r in (jobs if job.reads == "all" else job.reads) if r in jobs and r != name]
     return {name: Job(job.notebook, tuple(needs(name, job)), job.parameters) for name, job in jobs.items()}
 
