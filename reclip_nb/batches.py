@@ -34,7 +34,11 @@ class _Indexed(Dataset):
     "Adds `index` to the items of data sets that do not give it."
     def __init__(self, data: Dataset): self.data = data
     def __len__(self) -> int: return len(self.data)
-    def __getitem__(self, i: int) -> dict: return dict(index=i) | self.data[i]
+    def __getitem__(self, i: int) -> dict:
+        try: return dict(index=i) | self.data[i]
+        except Exception as e:
+            e.add_note(" ".join([f"while reading row {i}", *map(str, getattr(self.data, "names", ())[i:i + 1])]))
+            raise
 
 def _collate(items: list[dict]) -> dict:
     "Items of the same keys as one batch: numbers and tensors stacked, texts in a list."
@@ -45,6 +49,7 @@ def _load(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> Itera
     "Pairs (rows asked for, batch)."
     asked, ahead = itertools.tee(batches)
     loader = DataLoader(_Indexed(dataset), batch_sampler=ahead, num_workers=workers, collate_fn=_collate,
+                        pin_memory=workers > 0 and torch.cuda.is_initialized(),
                         generator=torch.Generator().manual_seed(0))  # else torch's global stream would move
     for rows, batch in zip(asked, loader):
         if workers: [dataset[i] for i, read in zip(rows, batch["index"].tolist()) if i != read]

@@ -15,13 +15,14 @@ from .captions import caption_pairs, flickr30k
 from .folders import caltech256, eurosat, imagefolder, imagenet, imagenette
 from .masks import coco, imagenet_s
 from .ood import chest_xray, isic, kvasir, wildlife
+from .shards import shards
 from .small import cifar10, cifar10_small, fgvc_aircraft, stl10
 from ..photos import Geometry
 from ..prompts import IMAGENET_TEMPLATES, WNIDS, imagenet_names
 from ..shapes import ShapesDataset, World
 
 # %% ../../nbs/api/02_data.ipynb #7c275344
-READERS = {f.__name__: f for f in (coco, imagenet_s, imagefolder, imagenet, imagenette, eurosat, caltech256,
+READERS = {f.__name__: f for f in (coco, imagenet_s, imagefolder, shards, imagenet, imagenette, eurosat, caltech256,
                                    fgvc_aircraft, cifar10, cifar10_small, stl10, flickr30k,
                                    isic, kvasir, chest_xray, wildlife)}
 _THREE, _ONE = ("train", "val", "all"), ("all",)

@@ -36,7 +36,12 @@ ORIGINS = {  # where each set comes from, and what its folder looks like
     "imagenet": ("ImageNet ILSVRC 2012, image-net.org (free registration)", """
         ILSVRC2012_img_val/n01440764/*.JPEG    one folder a class (train: ILSVRC2012_img_train/)
       or
-        val/n01440764/*.JPEG                   (train: train/)"""),
+        val/n01440764/*.JPEG                   (train: train/)
+      or shards,
+        train/*.tar                            of x.jpg beside x.cls (0 to 999) or x.json (with "label")"""),
+    "shards": ("your own photographs, packed as WebDataset does; not compressed", """
+        train/*.tar                            of x.jpg beside x.cls (a class index) or x.json (with "label"), if wanted
+        classes.txt                            names of the classes, one a line, where there are labels"""),
     "imagenette": ("Imagenette, github:fastai/imagenette (imagenette2.tgz; -320 and -160 are smaller)", """
         imagenette2/val/n01440764/*.JPEG       ten folders (train: train/)
       or the same in imagenette2-320, imagenette2-160, or without the outer folder"""),

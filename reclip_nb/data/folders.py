@@ -9,7 +9,8 @@ __all__ = ['imagefolder', 'imagenet', 'imagenette', 'vtab_order', 'eurosat', 'st
 import hashlib
 from pathlib import Path, PurePath
 import numpy as np
-from .base import class_folders, first_existing
+from .base import class_folders, first_existing, missing
+from .shards import Shards
 from ..photos import Geometry, Photos
 from ..prompts import EUROSAT, IMAGENETTE, TEMPLATES, WNIDS, caltech_name, imagenet_names, synsets
 
@@ -26,16 +27,20 @@ def imagefolder(
     return Photos(folder, names, geometry, on_error, labels=labels, classes=classes)
 
 def imagenet(
-    folder: Path,  # holds ILSVRC2012_img_<split> or <split>
+    folder: Path,  # holds ILSVRC2012_img_<split> or <split>, of class folders or of shards
     split: str,  # "train" or "val"
     geometry: Geometry,  # for the image
     on_error: str,  # unreadable file: "skip" or "raise"
 ) -> Photos:
     "ImageNet-1k with the 1,000 curated names, whichever classes are present."
     folder = first_existing("imagenet", folder, f"ILSVRC2012_img_{split}", split)
+    known = dict(classes=imagenet_names(WNIDS), templates=TEMPLATES["imagenet"])
+    if tars := sorted(folder.glob("*.tar")):
+        data = Shards(tars, geometry, on_error, **known)
+        if data.labels is None: raise missing("imagenet", folder, ".cls or .json in the shards")
+        return data
     names, labels, _ = class_folders("imagenet", folder, WNIDS)
-    return Photos(folder, names, geometry, on_error, labels=labels, classes=imagenet_names(WNIDS),
-                  templates=TEMPLATES["imagenet"])
+    return Photos(folder, names, geometry, on_error, labels=labels, **known)
 
 def imagenette(
     folder: Path,  # holds imagenette2, imagenette2-320, imagenette2-160, or the splits
