@@ -2,6 +2,7 @@
 import io
 import json
 import pickle
+import traceback
 
 import numpy as np
 import open_clip
@@ -61,9 +62,10 @@ def test_every_colour_mode_and_every_broken_file(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_files_do_not_shift_the_order(folder, workers):
     data = open_dataset("imagefolder", folder, split="train", size=16)
-    run = lambda start: [(s, b["id"]) for s, b in step_batches(data, 3, 0, start, 6, workers)]
-    whole = run(0)
-    assert [s for s, *_ in whole] == list(range(6)) and whole[3:] == run(3)
+    run = lambda start, workers: [(s, b["id"], b["image"].sum((1, 2, 3)).tolist()) for s, b in step_batches(data, 3, 0, start, 6, workers)]
+    whole = run(0, 0)
+    assert [s for s, *_ in whole] == list(range(6)) and len({i for _, ids, _ in whole for i in ids}) == 5
+    for start in range(1, 6) if workers == 0 else (1, 4): assert whole[start:] == run(start, workers)   # 1 and 4: inside an epoch of two
     assert set(data.skipped) == {"cat/2.jpg", "cat/3.jpg"}, "known in the main process"
 
 
@@ -75,6 +77,31 @@ def test_evaluation_counts_nothing_twice(folder, workers):
     assert seen == ["cat/0.jpg", "cat/1.jpg", "dog/4.png", "dog/5.png", "dog/6.jpg"]
     assert len(data.skipped) == 2
     assert [b["index"].tolist() for b in batches(data, 2, rows=[6, 2, 0])] == [[6], [0]]
+
+
+class Odd(torch.utils.data.Dataset):
+    "Row 2 raises what nobody expects; the others say how many threads they were read with."
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    def __len__(self): return 3
+    def __getitem__(self, i): return dict(id=self.names[i], threads=torch.get_num_threads(), zero=1//(2-i))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unforeseen_error_names_the_photograph(workers):
+    with pytest.raises(ZeroDivisionError) as e: list(batches(Odd(), 1, workers=workers))
+    assert "row 2 c.jpg" in "".join(traceback.format_exception(e.value))
+
+
+def test_loader_processes_have_one_thread_and_leave_cuda_alone():
+    before = torch.cuda.is_initialized()
+    batch = next(batches(Odd(), 2, rows=[0, 1], workers=1))
+    assert batch["threads"].tolist() == [1, 1] and torch.cuda.is_initialized() == before
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_where_cuda_is_used():
+    torch.zeros(1, device="cuda")
+    assert [next(batches(Odd(), 2, rows=[0, 1], workers=w))["threads"].is_pinned() for w in (1, 0)] == [True, False]
 
 
 def test_a_wholly_broken_folder_is_an_error(tmp_path):

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from reclip_nb.batches import batches
+from reclip_nb.batches import batches, step_batches
 from reclip_nb.data import NATIVE, caption_pairs, open_dataset
 from reclip_nb.data.folders import stratified, vtab_order
 from reclip_nb.photos import Unreadable, read_rgb
@@ -138,6 +139,93 @@ def test_stratified_parts():
     a, b = stratified(labels)
     assert sorted(a+b) == list(range(500)) and stratified(labels) == (a, b) != stratified(labels, seed=1)
     for k in range(7): assert sum(labels[i] == k for i in a) == round(.8*labels.count(k))
+
+
+# Shards
+
+def pack(path, **files):
+    "A tar file of members and their bytes."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            (member := tarfile.TarInfo(name)).size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def packed(tmp_path):
+    "Twelve photographs in class folders, and the same in two shards."
+    for k in range(12):
+        photo(path := tmp_path/"folder"/"train"/"ab"[k//6]/f"{k:02}.jpg", colour=(20*k, 255-20*k, 99))
+        Image.open(path).rotate(k).save(path)
+    for k, folder in enumerate(sorted((tmp_path/"folder"/"train").iterdir())):
+        files = {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+        pack(tmp_path/"train"/f"{k}.tar", **{n: c for f, b in files.items() for n, c in ((f, b), (f[:2]+".cls", b"%d" % k))})
+    (tmp_path/"classes.txt").write_text("a\nb\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_give_what_the_folder_gives(packed, workers):
+    folder, shards = open_dataset("imagefolder", packed/"folder", "train", size=32), open_dataset("shards", packed, "train", size=32)
+    assert shards.classes == folder.classes and not shards.skipped and shards.names[6] == "1.tar/06.jpg"
+    whole = [b for _, b in step_batches(folder, 4, 0, 0, 6)]
+    for start in (0, 2, 4) if workers else range(6):
+        for a, (step, b) in zip(whole[start:], step_batches(shards, 4, 0, start, 6, workers), strict=True):
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+    assert step == 5
+
+
+def test_the_list_of_shards_is_kept_until_they_change(packed, monkeypatch):
+    first = open_dataset("shards", packed, "train", size=32)
+    monkeypatch.setattr("reclip_nb.data.tars.read_shard", lambda path: pytest.fail(f"{path} was read again"))
+    assert open_dataset("shards", packed, "train", size=32).names == first.names
+    monkeypatch.undo()
+    (packed/"train"/"shards.json").write_text("[1, 2")
+    assert open_dataset("shards", packed, "train", size=32).names == first.names
+    pack(packed/"train"/"1.tar", **{"x.jpg": (packed/"folder"/"train"/"a"/"00.jpg").read_bytes(), "x.json": b'{"label": 0}'})
+    data = open_dataset("shards", packed, "train", size=32)
+    assert data.names[6:] == ["1.tar/x.jpg"] and data[6]["label"] == 0 and torch.equal(data[6]["image"], data[0]["image"])
+    assert len(pickle.loads(pickle.dumps(data))) == 7
+
+
+@quiet
+@pytest.mark.parametrize("harm, row, why", [
+    (dict(cut=9000), "1.tar", "truncated"), (dict(cut=0), "1.tar", "truncated"), (dict(cut=-10240), "1.tar", "truncated"),
+    ({"../06.jpg": b"?"}, "1.tar/../06.jpg", "leads out"), ({"/06.jpg": b"?"}, "1.tar//06.jpg", "leads out"),
+    ({"x.jpg": b"?"}, "1.tar/x.jpg", "no label"), ({"06.cls": b"dog"}, "1.tar/06.cls", "ValueError"),
+    ({"06.json": b"["*10**5}, "1.tar/06.json", "RecursionError"), ({"06.json": b'{"label": true}'}, "1.tar/06.json", "no class index")])
+def test_harmed_shards_are_counted(packed, harm, row, why):
+    path = packed/"train"/"1.tar"
+    good = open_dataset("shards", packed, "train", size=32)
+    if "cut" in harm: path.write_bytes(path.read_bytes()[:(harm["cut"])])
+    else:
+        with tarfile.open(path, "a") as tar:
+            for name, content in harm.items(): (m := tarfile.TarInfo(name)).size = len(content); tar.addfile(m, io.BytesIO(content))
+    data = open_dataset("shards", packed, "train", size=32)
+    assert why in data.skipped[row] and data.names == good.names[:len(data)] and 6 <= len(data)
+    assert all(torch.equal(data[i]["image"], good[i]["image"]) for i in (0, 5))
+    with pytest.raises(Unreadable, match="repair"): open_dataset("shards", packed, "train", on_error="raise")
+
+
+@quiet
+def test_a_broken_photograph_in_a_shard_is_a_row_left_out(packed):
+    data = open_dataset("shards", packed, "train", size=32)
+    with open(packed/"train"/"0.tar", "r+b") as f: f.seek(data.offset[2]); f.write(bytes(data.size[2]))
+    assert data[2]["index"] == 3 and list(data.skipped) == ["0.tar/02.jpg"]
+    (packed/"train"/"1.tar").unlink()
+    assert data[7]["index"] == 0 and "FileNotFound" in data.skipped["1.tar/07.jpg"]
+
+
+def test_labels_of_shards(packed):
+    (packed/"classes.txt").write_text("a\n")
+    with pytest.raises(ValueError, match="up to 1, class names to 0.*one a line"): open_dataset("shards", packed, "train")
+    net = open_dataset("imagenet", packed, "train", size=32)
+    assert net[7]["label"] == 1 and net.classes[1] == "goldfish" and len(prompts_of(net)[0]) == 80
+    for k in range(2): pack(packed/"val"/f"{k}.tar", **{"a.png": (packed/"folder"/"train"/"a"/"00.jpg").read_bytes(), "a.txt": b"no class"})
+    bare = open_dataset("shards", packed, "val", size=32)
+    assert bare.names == ["0.tar/a.png", "1.tar/a.png"] and "label" not in bare[1] and not bare.skipped
+    with pytest.raises(FileNotFoundError, match="no .cls or .json in the shards"): open_dataset("imagenet", packed, "val")
 
 
 # Captions

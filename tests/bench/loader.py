@@ -39,7 +39,7 @@ from torchvision.transforms import functional as TF
 
 from reclip_nb.batches import step_batches, step_indices
 from reclip_nb.data import open_dataset
-from reclip_nb.data.shards import shard_index
+from reclip_nb.data.tars import shard_index
 from reclip_nb.photos import Geometry, read_rgb
 
 SIZE, BATCH, CORES, TARGET = 224, 32, 16, 600     # pixels, photographs, and the rate asked for
