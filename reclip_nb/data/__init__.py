@@ -15,7 +15,7 @@ from .captions import caption_pairs, flickr30k
 from .folders import caltech256, eurosat, imagefolder, imagenet, imagenette
 from .masks import coco, imagenet_s
 from .ood import chest_xray, isic, kvasir, wildlife
-from .shards import shards
+from .tars import shards
 from .small import cifar10, cifar10_small, fgvc_aircraft, stl10
 from ..photos import Geometry
 from ..prompts import IMAGENET_TEMPLATES, WNIDS, imagenet_names

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path, PurePath
 import numpy as np
 from .base import class_folders, first_existing, missing
-from .shards import Shards
+from .tars import Shards
 from ..photos import Geometry, Photos
 from ..prompts import EUROSAT, IMAGENETTE, TEMPLATES, WNIDS, caltech_name, imagenet_names, synsets
 
