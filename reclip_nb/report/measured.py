@@ -101,12 +101,12 @@ def _perturbation(run: Run) -> list[dict]:
 
 def _layers(run: Run) -> list[dict]:
     "Share of each block in LeGrad's gradient, from its end (-1: the last), and the share of the classes that it leads."
-    rows, m = [], run.metrics
-    for r in m.get("table", []):
+    rows, depth = [], {r["model"]: r["blocks"] for r in run.metrics.get("table", [])}
+    for r in run.metrics.get("table", []):
         if r["class"] == "all": rows.append(r | dict(metric=f"block {r['layer']-r['blocks']-1}"))
-    for r in m.get("leading", []):
-        counts = {int(k): v for k, v in r.items() if k != "model"}
-        rows += [dict(model=r["model"], metric=f"led by block {k-max(counts)-1}", mean=v/sum(counts.values())) for k, v in counts.items()]
+    for r in run.metrics.get("leading", []):
+        counts = [r.get(str(k+1), 0) for k in range(depth[r["model"]])]   # a block that leads nowhere may be left out
+        rows += [dict(model=r["model"], metric=f"led by block {k-len(counts)}", mean=n/sum(counts)) for k, n in enumerate(counts)]
     return [dict(protocol="classes", method="legrad") | r for r in rows]
 
 
