@@ -131,7 +131,7 @@ def show_maps(
     for ax, name in zip(axes[:, 0], ["image", *rows]): ax.set_ylabel(textwrap.fill(name, 16), fontsize=8)
     label = "heat, each map on its own range" if scale == "map" else "heat, share of the panel's range"
     bar = fig.colorbar(ScalarMappable(cmap="inferno"), ax=axes[1:, :], fraction=.04, pad=.02, shrink=.9)
-    bar.set_label(label, fontsize=8); bar.ax.tick_params(labelsize=7)
+    bar.set_label(textwrap.fill(label, 16 if len(rows) == 1 else 40), fontsize=8); bar.ax.tick_params(labelsize=7)
     return fig
 
 # %% ../nbs/api/07_figures.ipynb #3c4029b2
@@ -202,11 +202,13 @@ def plot_sweep(
         ax.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
     return fig
 
-# %% ../nbs/api/07_figures.ipynb #5f518f5f
-def _sides(text) -> list[tuple[float, float, float]]:
-    "Offsets of a text from its point, in points, nearest first: distance, right, up."
-    wide = text.get_window_extent().width/text.figure.dpi*36                # half of the text's width
-    return [(r, (r+wide)*np.cos(a) if abs(np.cos(a)) > .1 else 0., (r+2)*np.sin(a)) for r in (5, 10, 16, 24) for a in np.arange(8)*np.pi/4]
+# %% ../nbs/api/07_figures.ipynb #5ef93294
+def _places(ax: Axes, box: Bbox) -> list[tuple[float, float, float]]:
+    "Distance, right and up, in pixels, of places for a text around its point that stay inside the frame; nearest first."
+    unit, around = ax.figure.dpi/72, [(np.cos(a), np.sin(a)) for a in np.arange(8)*np.pi/4]
+    places = [(r, (r*unit+box.width/2)*np.sign(c)*(abs(c) > .1), (r*unit+box.height/2)*s) for r in (5, 9, 15, 24) for c, s in around]
+    inside = lambda dx, dy: all(ax.bbox.contains(x, y) for x, y in box.translated(dx, dy).get_points())
+    return [p for p in places if inside(*p[1:])] or places
 
 
 def label_points(
@@ -219,22 +221,24 @@ def label_points(
     ax.figure.draw_without_rendering()                                      # the layout decides where the points are
     pixels = lambda xy: ax.transData.transform(np.asarray(xy, float).reshape(-1, 2))
     between = [a+(b-a)*t for c in curves for a, b in zip(pixels(c), pixels(c)[1:]) for t in np.linspace(0, 1, 25)]
-    boxes = [Bbox.from_bounds(x-r, y-r, 2*r, 2*r) for r, some in ((5, pixels([l[1:3] for l in labels])), (1, between)) for x, y in some]
-    covered = lambda box: sum((c.width+1)*(c.height+1) for b in boxes if (c := Bbox.intersection(box, b)) is not None)
+    boxes = [(x-r, y-r, x+r, y+r) for r, some in ((5, pixels([l[1:3] for l in labels])), (1.5, between)) for x, y in some]
+
+    def covered(box):
+        drawn = np.array(boxes)
+        sides = np.minimum(drawn[:, 2:], box.max)-np.maximum(drawn[:, :2], box.min)
+        return (sides[:, 0]*sides[:, 1])[(sides > 0).all(1)].sum()
+
     for text, x, y, color in labels:
         note = ax.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", ha="center", va="center", fontsize=fontsize, color=color)
         note.set_in_layout(False)
-        tries = []
-        for r, dx, dy in _sides(note):
-            note.set_position((dx, dy))
-            box = note.get_window_extent()
-            inside = ax.bbox.containsx(box.x0) and ax.bbox.containsx(box.x1) and ax.bbox.containsy(box.y0) and ax.bbox.containsy(box.y1)
-            tries.append((covered(box)+r+1e4*(not inside), dx, dy, box))
-        _, dx, dy, box = min(tries, key=lambda t: t[0])
-        note.set_position((dx, dy))
-        boxes.append(box)
+        box = note.get_window_extent()
+        far, dx, dy = min(_places(ax, box), key=lambda p: covered(box.translated(*p[1:]))+p[0])
+        note.set_position(place := (dx*72/ax.figure.dpi, dy*72/ax.figure.dpi))
+        thread = dict(arrowstyle="-", color=color, lw=.5, shrinkA=3, shrinkB=2)
+        if far > 9: ax.annotate("", (x, y), xytext=place, textcoords="offset points", arrowprops=thread).set_in_layout(False)
+        boxes.append(box.translated(dx, dy).extents)
 
-# %% ../nbs/api/07_figures.ipynb #8a269e08
+# %% ../nbs/api/07_figures.ipynb #1d7c2b04
 def plot_tradeoff(
     points: pd.DataFrame, # a row per model: `model`, the drawn columns, and maybe <column>_low and <column>_high
     curves: Mapping[str, Sequence[str]], # legend -> models in order
@@ -264,7 +268,9 @@ def plot_tradeoff(
     of = {m: name for name, models in reversed(curves.items()) for m in models}
     for ax, x in zip(axes[0], xs):
         named = [(labels.get(m, m), r[x], r[y], colors[of.get(m, "")]) for m, r in rows.iterrows()]
-        label_points(ax, named, [rows.loc[models, [x, y]].to_numpy() for models in curves.values()])
+        bars = [np.array([[r.get(f"{x}_low", r[x]), r[y]], [r.get(f"{x}_high", r[x]), r[y]], [r[x], r[y]], [r[x], r.get(f"{y}_low", r[y])],
+                          [r[x], r.get(f"{y}_high", r[y])]]) for _, r in rows.iterrows()]
+        label_points(ax, named, [*(rows.loc[models, [x, y]].to_numpy() for models in curves.values()), *bars])
     return fig
 
 # %% ../nbs/api/07_figures.ipynb #958d8117

@@ -248,7 +248,7 @@ def _dual(frame: pd.DataFrame) -> list[Finding]:
     gain = lambda model, over, *metrics: gains(value, "simple_gradient", metrics, model, over).rename(columns=dict(energy="PG-energy"))
     each, maps = "each gain > 0 on the mean of the seeds", by_study(frame, "dual_aft", "maps")
     curve = ("dual1", "dual4", "dual16", "dual64")
-    steps = pd.concat([gain(b, a, *k).mul(sign).add_suffix(f" {a[4:]} → {b[4:]}"+", less"*(sign < 0)) for a, b in pairwise(curve)
+    steps = pd.concat([gain(b, a, *k).mul(sign).rename(columns=LABELS).add_suffix(f" {a[4:]} → {b[4:]}"+", less"*(sign < 0)) for a, b in pairwise(curve)
                        for sign, k in ((1, ("robust_2", "energy")), (-1, ("clean",)))], axis=1).dropna()
     rows = frame[frame["experiment"].eq("dual_aft") & frame["protocol"].eq("maps")]
     elsewhere = pd.DataFrame({m: maps(m, "PG-energy", "dual16")-maps(m, "PG-energy", "aft4") for m in rows["method"].unique()}, dtype=float).dropna()
