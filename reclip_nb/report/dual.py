@@ -26,7 +26,9 @@ def dual_rows(
     configs = [r.config for s in studies for r in s.of("dual_aft")]
     if not configs: return {}
     rows = summary[summary["experiment"].eq("dual_aft")].drop(columns="experiment")
-    return {k: [*configs[0].get(k, [])] for k in (*CURVES, "variants")} | dict(rows=rows.to_dict("records"))
+    measured = {*rows["model"]}     # without the sweep, not all that are named
+    named = lambda k: [m for m in dict.fromkeys(m for c in configs for m in c.get(k, [])) if m in measured]
+    return {k: named(k) for k in (*CURVES, "variants")} | dict(rows=rows.to_dict("records"))
 
 
 def _text(r: dict) -> str:
