@@ -165,7 +165,9 @@ def _torch_file(path: Path) -> dict:
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
         size = {"input_resolution", "context_length", "vocab_size"}
         return {k: v for k, v in state.items() if k not in size}
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict): raise ValueError(f"it holds a {type(state).__name__}, no dictionary")
+    return state
 
 
 def _checksum(state: dict) -> int:
@@ -187,7 +189,8 @@ def read_state(
             state, facts = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("reclip", "{}"))
         if "crc32" in facts and facts.pop("crc32") != _checksum(state): raise ValueError("the check sum of its tensors is wrong")
         return state, facts
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as e:
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile,
+            zlib.error) as e:
         raise ValueError(f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not a checkpoint of tensors: "
                          f"{(str(e) or type(e).__name__).splitlines()[0][:200]}") from e
 

@@ -50,6 +50,6 @@ def evaluate(folder: Path):
     "Robust accuracy with a state in the folder."
     torch.set_num_threads(1)
     d = golden("robust", "tiny_inputs.npz")
-    report = robust_eval(tiny(), d["x"], d["y"], (10/255, 14/255), n_iter=60, batch_size=6, resume=folder/"state.npz")
+    report = robust_eval(tiny(), d["x"], d["y"], (10/255, 14/255), n_iter=40, batch_size=6, resume=folder/"state.npz")
     write_json(folder/"metrics.json", dict(table=report.table().to_dict("records"), card=report.card,
                                            status={f"{e} {a}": s for (e, a), s in report.status.items()}))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import kill_jobs
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -50,12 +51,17 @@ def whole(processes, job, *args) -> float:
     return time.monotonic()-began
 
 
-def broken(processes, kills, seconds, moments, check, job, *args) -> int:
-    "Start a job until it ends by itself, at most `kills` times killed at a random moment; how often it was."
+def rows(log: Path) -> int: return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def broken(processes, kills, moments, progress, end, step, check, job, *args) -> int:
+    "Start a job until it ends by itself; kill it up to `kills` times, at random shares of its progress and of a step. How often it was."
     struck = 0
     while True:
-        p = processes.Process(target=job, args=args)
-        p.start(); p.join(moments.uniform(0, seconds) if struck < kills else None)
+        aim, p = moments.uniform(progress(), end), processes.Process(target=job, args=args)
+        p.start()
+        while struck < kills and p.exitcode is None and progress() < int(aim): time.sleep(.002)
+        p.join(moments.uniform(0, step) if struck < kills else None)
         if p.exitcode is None:
             p.kill(); p.join()
             struck += p.exitcode == -signal.SIGKILL   # else it ended in between
@@ -90,16 +96,16 @@ def sound(run: Path, unbroken: Path):
 
 @pytest.mark.parametrize("objective", ["aft", "epg"])
 def test_killed_training(tmp_path, processes, objective):
-    moments, struck, tries = random.Random(objective), 0, 0
+    moments, struck, resumed, tries = random.Random(objective), 0, 0, 0
     (tmp_path/"whole").mkdir()
     seconds = whole(processes, kill_jobs.train, tmp_path/"whole", objective)
     unbroken = tmp_path/"whole"/"kills"/objective
-    resumed = 0
     while struck < KILLS[objective]:
         tries += 1
         runs = tmp_path/str(tries); runs.mkdir()
         run = runs/"kills"/objective
-        struck += broken(processes, KILLS[objective]-struck, seconds, moments, lambda: sound(run, unbroken), kill_jobs.train, runs, objective)
+        struck += broken(processes, KILLS[objective]-struck, moments, lambda: rows(run/"log.jsonl"), 12, seconds/12,
+                         lambda: sound(run, unbroken), kill_jobs.train, runs, objective)
         same(unbroken, run)
         resumed += (runs/"out.txt").read_text().count("resuming")
     assert resumed, "some kills came after the first checkpoint"
@@ -107,7 +113,7 @@ def test_killed_training(tmp_path, processes, objective):
 
 def test_killed_before_every_rename(tmp_path, processes):
     "Between any two renames of checkpoint, weights and result."
-    job, size = kill_jobs.train, dict(steps=4, every=2)
+    job = kill_jobs.train
     (tmp_path/"whole").mkdir()
     whole(processes, job, tmp_path/"whole", "aft", 4, 2)
     unbroken, n = tmp_path/"whole"/"kills"/"aft", 0
@@ -129,11 +135,13 @@ def test_killed_evaluation(tmp_path, processes):
     (tmp_path/"whole").mkdir()
     seconds = whole(processes, kill_jobs.evaluate, tmp_path/"whole")
     result = (tmp_path/"whole"/"metrics.json").read_text()
+    passes = json.loads(result)["card"]["cost"]["forward"]
     while struck < KILLS["evaluation"]:
         tries += 1
         folder = tmp_path/str(tries); folder.mkdir()
         def check(): assert not (folder/"metrics.json").exists() or (folder/"metrics.json").read_text() == result
-        struck += broken(processes, KILLS["evaluation"]-struck, seconds, moments, check, kill_jobs.evaluate, folder)
+        def progress(): return np.load(folder/"state.npz")["cost"][0] if (folder/"state.npz").exists() else 0
+        struck += broken(processes, KILLS["evaluation"]-struck, moments, progress, passes, seconds/20, check, kill_jobs.evaluate, folder)
         assert (folder/"metrics.json").read_text() == result
 
 
@@ -166,9 +174,6 @@ def power_cut(p: subprocess.Popen):
     for child in below:
         with contextlib.suppress(psutil.NoSuchProcess): child.kill()
     p.wait()
-
-
-def rows(log: Path) -> int: return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 @pytest.mark.slow
