@@ -17,6 +17,7 @@ from reclip_nb.study import config_files, graph
 
 PRESET = config.get("preset", "tiny")
 WORLD = config.get("world", "quick")
+if not WORLD.isidentifier(): raise ValueError(f"world={WORLD!r} must be a name such as smoke, quick or full")
 SEEDS = range(int(config.get("seeds", 1)))
 FOLDER = os.path.expanduser(os.environ.get("RECLIP_RUNS", "runs"))
 STUDY = f"{FOLDER}/{PRESET}/{{world}}-seed{{seed}}"
@@ -78,12 +79,13 @@ for notebook in dict.fromkeys(job.notebook for job in RUNS.values()):
         params:
             python=sys.executable,
             executed=STUDY + "/{run}/notebook.ipynb",
-            settings=lambda wildcards, input: " ".join(f"-f {file}" for file in input.settings),
-            study=f"-p study {PRESET}/{{world}}-seed{{seed}} -p world {{world}} -p seed {{seed}}",
+            settings=lambda wildcards, input: [word for file in input.settings for word in ("-f", file)],
+            study=lambda wildcards: ["-p", "study", f"{PRESET}/{wildcards.world}-seed{wildcards.seed}",
+                                     "-p", "world", wildcards.world, "-p", "seed", wildcards.seed],
             own=lambda wildcards: as_yaml(RUNS[wildcards.run].parameters)
         priority: max(ahead(run) for run, job in RUNS.items() if job.notebook == notebook)
         threads: resources(notebook)["threads"]
         resources: **{key: value for key, value in resources(notebook).items() if key != "threads"}
         shell:
-            "TQDM_MININTERVAL=30 {params.python:q} -m papermill {input.notebook} {params.executed:q} {params.settings} "
-            "{params.study} -y {params.own:q} --no-progress-bar --log-output > {log:q} 2>&1"
+            "TQDM_MININTERVAL=30 {params.python:q} -m papermill {input.notebook} {params.executed:q} {params.settings:q} "
+            "{params.study:q} -y {params.own:q} --no-progress-bar --log-output > {log:q} 2>&1"

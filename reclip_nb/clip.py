@@ -12,6 +12,7 @@ import copy
 import json
 import pickle
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,12 +156,25 @@ def _tiny(name: str, words: list[str], image_size: int | None) -> Clip:
 # %% ../nbs/api/02_clip.ipynb #0fb33dbc
 def _torch_file(path: Path) -> dict:
     "State dict of a torch file, pickle-free; OpenAI's releases are TorchScript archives."
-    with open(path, "rb") as f: is_zip = zipfile.is_zipfile(f)
-    if is_zip and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+    names = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip(): raise ValueError(f"the check sum of {bad} is wrong")
+            names = archive.namelist()
+    if any(n.endswith("/constants.pkl") for n in names):
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
         size = {"input_resolution", "context_length", "vocab_size"}
         return {k: v for k, v in state.items() if k not in size}
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict): raise ValueError(f"it holds a {type(state).__name__}, no dictionary")
+    return state
+
+
+def _checksum(state: dict) -> int:
+    "CRC-32 of all tensors, in order of their names."
+    crc = 0
+    for name in sorted(state): crc = zlib.crc32(state[name].contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def read_state(
@@ -172,11 +186,13 @@ def read_state(
     try:
         if path.suffix != ".safetensors": return _torch_file(path), {}
         with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(meta.get("reclip", "{}"))
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint of tensors: "
-                         f"{str(e).splitlines()[0][:200]}") from e
+            state, facts = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("reclip", "{}"))
+        if "crc32" in facts and facts.pop("crc32") != _checksum(state): raise ValueError("the check sum of its tensors is wrong")
+        return state, facts
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile,
+            zlib.error) as e:
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not a checkpoint of tensors: "
+                         f"{(str(e) or type(e).__name__).splitlines()[0][:200]}") from e
 
 # %% ../nbs/api/02_clip.ipynb #7f86d278
 def unwrapped(
@@ -287,6 +303,7 @@ def frozen(
 def _save(module: nn.Module, path: str | Path, meta: dict):
     "Write a state dict with metadata, atomically."
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    meta = meta | dict(crc32=_checksum(state))
     with atomic(expand(path)) as tmp: save_file(state, tmp, {"format": "pt", "reclip": json.dumps(meta)})
 
 

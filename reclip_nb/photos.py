@@ -65,7 +65,8 @@ def inside(
     folder: Path,  # the folder that holds the data
     name: str,  # file name found in an annotation file
 ) -> Path:
-    "Path of a named file. Raises ValueError for a name that leads out of the folder."
+    "Path of a named file. Raises ValueError for a name that leads out of the folder, or is none."
+    if not isinstance(name, str) or not name: raise ValueError(f"{name!r} among the files of {folder} is no file name")
     path = Path(os.path.normpath(folder / name))  # not resolve(): links to other disks are welcome
     if not path.is_relative_to(os.path.normpath(folder)):
         raise ValueError(f"{name!r} leads out of {folder}: file names must stay below the data set's folder")

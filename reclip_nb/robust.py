@@ -11,6 +11,7 @@ __all__ = ['PENDING', 'BROKEN', 'STANDS', 'UNDEFINED', 'attack_runs', 'sample_se
 import hashlib
 import re
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,8 +132,11 @@ class State:
     ):
         self.path, self.key, self.arrays = path and Path(path), key, dict(cost=np.zeros(4))
         if not self.path or not self.path.exists(): return
-        with np.load(self.path) as saved: self.arrays = dict(saved)
-        if self.arrays.pop("key") != key:
+        try:
+            with np.load(self.path, allow_pickle=False) as saved: self.arrays = dict(saved)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise ValueError(f"{path} is damaged or no state ({type(e).__name__}: {e}); delete it and start again") from e
+        if self.arrays.pop("key", "") != key:
             raise ValueError(f"{path} belongs to other images or settings; delete it, or name another file")
 
     def array(self, name: str, make: Callable) -> Tensor:

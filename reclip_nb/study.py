@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from .runs import Run, has_run, load_run, root, runs_root
+from .runs import Run, has_run, load_run, root, run_folder
 
 # %% ../nbs/api/02_study.ipynb #d8fdcd2c
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _execute(study: str, name: str, job: Job, world: str, seed: int):
     import papermill
     values = dict(study=study, world=world, seed=seed)
     for f in config_files("tiny", job.notebook, world): values |= yaml.safe_load(f.read_text()) or {}
-    folder = runs_root()/study/name
+    folder = run_folder(study, name)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{study}/{name} is missing: running nbs/{job.notebook}.ipynb")
     papermill.execute_notebook(root()/"nbs"/f"{job.notebook}.ipynb", folder/"notebook.ipynb", values | job.parameters,

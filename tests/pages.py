@@ -26,12 +26,18 @@ def note(study: str, run: Path | None) -> dict:
     return dict(cell_type="markdown", id="outputs-from", metadata={}, source=f"::: {{.callout-note}}\n{words}\n:::")
 
 
+def executed_cells(file: Path) -> list[dict]:
+    "Cells of an executed notebook. Exits with what to do when a kill cut it, which papermill may leave beside a finished result."
+    try: return json.loads(file.read_text())["cells"]
+    except (ValueError, KeyError) as e: sys.exit(f"{file} is damaged ({type(e).__name__}): delete its folder and run `make reproduce`")
+
+
 def fill(page: Path, study: Path) -> bool:
     "Put the outputs of the finished run that belongs to a processed page into it; False where there is none."
     run = study/SHOWN_RUN.get(page.stem, page.stem)
     done = (run/"notebook.ipynb").exists() and (run/"metrics.json").exists()
     nb = json.loads(page.read_text())
-    executed = json.loads((run/"notebook.ipynb").read_text())["cells"] if done else []
+    executed = executed_cells(run/"notebook.ipynb") if done else []
     outputs = {text(c): shown(c) for c in executed if c["cell_type"] == "code"}
     for cell in nb["cells"]:
         if cell["cell_type"] == "code": cell["outputs"] = outputs.get(text(cell), cell["outputs"])

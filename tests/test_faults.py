@@ -1,73 +1,24 @@
-"Wrong, damaged and interrupted input: a clear error or a counted skip, and nothing lost."
+"Wrong, damaged and interrupted input, full and read-only disks: a clear error or a counted skip, and nothing lost."
+import contextlib
+import errno
 import os
-import signal
-import subprocess
-import sys
-import time
+import random
+import re
+import resource
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from reclip_nb.aft import AFT, Attack
 from reclip_nb.clip import frozen, load_clip, load_visual, save_visual
 from reclip_nb.data import open_dataset
 from reclip_nb.epg import epg_loss
-from reclip_nb.runs import read_rows, start_run
+from reclip_nb.robust import robust_eval
+from reclip_nb.runs import append_rows, finish_run, has_run, load_run, read_rows, start_run, write_json
 from reclip_nb.training import FitConfig, fit
-
-TRAIN = """
-import sys, torch
-from reclip_nb.aft import AFT, Attack
-from reclip_nb.clip import frozen, load_clip, save_visual
-from reclip_nb.data import open_dataset
-from reclip_nb.runs import start_run, finish_run
-from reclip_nb.shapes import World, ShapesDataset
-from reclip_nb.training import FitConfig, fit
-torch.set_num_threads(1)
-student = load_clip("tiny-smoke", seed=0)
-data = ShapesDataset(World(size=32, train=96), "train", seed=0)
-run = start_run("faults", sys.argv[1], "train_aft", {"eps_255": 4})
-aft = AFT(student, frozen(student), Attack(steps=2))
-rows = fit(student.visual, aft, data, FitConfig(steps=12, batch_size=16, lr=1e-3, warmup=2), run, checkpoint_every=3)
-save_visual(student, run/"visual.safetensors")
-finish_run(run, {"rows": len(rows)})
-"""
-
-
-def train(name, runs, **kwargs):
-    env = {**os.environ, "RECLIP_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", TRAIN, name], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def lines(path):
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-@pytest.mark.parametrize("after", [2, 7, 10])
-def test_killed_run_resumes_bit_for_bit(tmp_path_factory, after, unbroken):
-    runs = tmp_path_factory.mktemp("killed")
-    log = runs/"faults"/"killed"/"log.jsonl"
-    p = train("killed", runs)
-    while p.poll() is None and lines(log) < after: time.sleep(.002)
-    p.send_signal(signal.SIGKILL); p.wait()
-    assert not (runs/"faults"/"killed"/"metrics.json").exists(), "the run was really stopped early"
-    again = train("killed", runs)
-    out, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, out
-    if after > 3: assert "resuming killed at step" in out
-    a, b = (load_file(r/"faults"/n/"visual.safetensors") for r, n in ((unbroken, "whole"), (runs, "killed")))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert lines(log) == 12
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    runs = tmp_path_factory.mktemp("whole")
-    p = train("whole", runs)
-    out, _ = p.communicate(timeout=120)
-    assert p.returncode == 0, out
-    return runs
 
 
 @pytest.fixture
@@ -118,20 +69,6 @@ def test_truncated_checkpoint(clip, tmp_path):
     with pytest.raises(ValueError, match="truncated"): load_visual(clip, f)
 
 
-def test_pickles_that_run_code_are_refused(clip, tmp_path):
-    class Evil:
-        def __reduce__(self): return (os.system, ("touch pwned",))
-    torch.save({"a": Evil()}, tmp_path/"evil.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of tensors"): load_visual(clip, tmp_path/"evil.pt")
-
-
-def test_full_and_read_only_disks(clip, tmp_path, monkeypatch):
-    blocked = tmp_path/"file"
-    blocked.write_text("not a folder")
-    monkeypatch.setenv("RECLIP_RUNS", str(blocked))
-    with pytest.raises(PermissionError, match="set RECLIP_RUNS"): start_run("s", "r", "t", {})
-
-
 def test_nan_stops_before_the_update(tmp_path, monkeypatch, clip):
     monkeypatch.setenv("RECLIP_RUNS", str(tmp_path))
     with torch.no_grad(): clip.visual.proj[0, 0] = float("nan")
@@ -140,3 +77,236 @@ def test_nan_stops_before_the_update(tmp_path, monkeypatch, clip):
     with pytest.raises(FloatingPointError, match="not finite"):
         fit(clip.visual, AFT(clip, load_clip("tiny-smoke", seed=0)), data, FitConfig(2, 8, 1e-4), run)
     assert read_rows(run) == []
+
+
+# Training that is stopped and started again
+
+STEPS = FitConfig(steps=6, batch_size=8, lr=1e-3, warmup=1)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIP_RUNS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def scenes(): return open_dataset("shapes", split="train", world="smoke", seed=0)
+
+
+def train(scenes, run, at=None, do=None):
+    "Six updates with a checkpoint after each second one; `do` happens in update `at`. The weights."
+    student, calls = load_clip("tiny-smoke", seed=0), []
+    aft = AFT(student, frozen(student), Attack(steps=1))
+
+    def objective(batch, generator):
+        calls.append(1)
+        out = aft(batch, generator)
+        return do(out) if at is not None and len(calls) == at+1 else out
+    fit(student.visual, objective, scenes, STEPS, run, checkpoint_every=2)
+    return {k: v.clone() for k, v in student.visual.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(scenes, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIP_RUNS", str(tmp_path_factory.mktemp("whole")))
+        return train(scenes, start_run("f", "whole", "t", {}))
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@contextlib.contextmanager
+def full(size=0):
+    "No file of this process can grow beyond `size` bytes, as on a full disk: writing fails in the kernel."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_disk_full_at_a_checkpoint(runs, scenes, unbroken, capsys):
+    run, disk = start_run("f", "run", "t", {}), contextlib.ExitStack()
+    with disk, pytest.raises(OSError, match=r"no room to write .*checkpoint.*start again") as error:
+        train(scenes, run, at=3, do=lambda out: disk.enter_context(full(100_000)) or out)
+    assert error.value.errno == errno.ENOSPC
+    assert {f.name for f in run.path.iterdir()} == {"run.json", "log.jsonl", "probes.jsonl", "checkpoint.pt"}, "the first checkpoint, no litter"
+    assert equal(train(scenes, run), unbroken) and "resuming run at step 2" in capsys.readouterr().out
+
+
+def test_disk_full_at_a_row_of_the_log(runs, scenes, unbroken):
+    run, disk = start_run("f", "run", "t", {}), contextlib.ExitStack()
+    with disk, pytest.raises(OSError, match="no room to write .*log.jsonl"):
+        train(scenes, run, at=3, do=lambda out: disk.enter_context(full((run/"log.jsonl").stat().st_size+20)) or out)
+    assert (run/"log.jsonl").read_bytes()[-1:] != b"\n", "a line was cut"
+    assert [r["step"] for r in read_rows(run)] == [0, 1, 2]
+    assert equal(train(scenes, run), unbroken) and [r["step"] for r in read_rows(run)] == [*range(6)]
+
+
+@pytest.mark.parametrize("file, size, write", [
+    ("run.json", 10, lambda clip, run: start_run("f", "run", "t", {})), ("metrics.json", 900, lambda clip, run: finish_run(run, {"a": [0]*900})),
+    ("visual.safetensors", 50_000, lambda clip, run: save_visual(clip, run/"visual.safetensors")),
+    ("state.npz", 50_000, lambda clip, run: evaluate(run/"state.npz"))])
+def test_disk_full_at_a_result(runs, clip, file, size, write):
+    run = start_run("f", "run", "t", {})
+    write_json(run/"metrics.json", {"a": 1}), save_visual(clip, run/"visual.safetensors")
+    before = {f.name: f.read_bytes() for f in run.path.iterdir()}
+    with full(size), pytest.raises(OSError, match=f"no room to write .*{file}.*Make room"): write(clip, run)
+    after = {f.name: f.read_bytes() for f in run.path.iterdir()}
+    if file == "metrics.json": del before["run.json"], after["run.json"]   # it says finished, which counts only with a result
+    assert after == before, "the earlier files are intact, and no others are there"
+    write(clip, run)
+
+
+def evaluate(state):
+    x, y = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 2
+    f = lambda v: torch.cat([v.mean((1, 2, 3))[:, None]*k for k in range(500)], 1)
+    return robust_eval(f, x, y, (4/255,), ["apgd-ce"], n_iter=1, resume=state)
+
+
+@contextlib.contextmanager
+def somebody_else():
+    "Root may write anywhere: be another user for a while."
+    root = os.geteuid() == 0
+    if root: os.seteuid(65534)
+    try: yield
+    finally:
+        if root: os.seteuid(0)
+
+
+def test_read_only_run_folder(monkeypatch, unbroken):
+    with tempfile.TemporaryDirectory() as d:   # pytest's own folders are closed to other users
+        monkeypatch.setenv("RECLIP_RUNS", d)
+        run = start_run("f", "run", "t", {"a": 1})
+        finish_run(run, {"b": 2})
+        for folder in (run.path, run.path.parent, Path(d)): folder.chmod(0o555)
+        with somebody_else():
+            with pytest.raises(PermissionError, match="cannot write to .*run .*set RECLIP_RUNS"): start_run("f", "run", "t", {})
+            with pytest.raises(PermissionError, match="cannot write to .*new .*set RECLIP_RUNS"): start_run("f", "new", "t", {})
+            with pytest.raises(PermissionError, match="log.jsonl"): append_rows(run, [{"step": 0}])
+            assert load_run("f", "run").metrics == {"b": 2} and run.config == {"a": 1}, "nothing is lost, and reading works"
+        for folder in (Path(d), run.path.parent, run.path): folder.chmod(0o755)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, monkeypatch):
+    (tmp_path/"file").write_text("not a folder")
+    monkeypatch.setenv("RECLIP_RUNS", str(tmp_path/"file"))
+    with pytest.raises(PermissionError, match="set RECLIP_RUNS"): start_run("s", "r", "t", {})
+
+
+def test_litter_of_a_killed_process_goes(runs):
+    run = start_run("f", "run", "t", {})
+    (run/".checkpoint.new.pt.99.tmp").write_bytes(b"half")
+    start_run("f", "run", "t", {})
+    assert [f.name for f in run.path.iterdir()] == ["run.json"]
+
+
+class Evil:
+    "A pickle that would leave a file."
+    def __reduce__(self): return (os.system, ("touch pwned",))
+
+
+def flip(file):
+    "One bit in the middle of the weights."
+    data = bytearray(file.read_bytes())
+    data[random.Random(0).randrange(len(data)//4, len(data)//2)] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {"truncated": lambda f: f.write_bytes(f.read_bytes()[:5000]), "empty": lambda f: f.write_bytes(b""),
+          "flipped": flip, "evil": lambda f: torch.save(Evil(), f), "foreign": lambda f: torch.save({"a": 1}, f),
+          "tensor": lambda f: torch.save(torch.zeros(3), f), "text": lambda f: f.write_text("<html>404</html>")}
+BY_TRAINING = pytest.mark.xfail(strict=True, reason="training.load_checkpoint: wants read_state, and state.get")
+damages = pytest.mark.parametrize("how", [pytest.param(k, marks=BY_TRAINING if k in ("flipped", "foreign", "tensor") else ()) for k in DAMAGE])
+
+
+def stopped(scenes, run, at=5):
+    "A run that was stopped after its second checkpoint."
+    def stop(out): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train(scenes, run, at=at, do=stop)
+    assert (run/"checkpoint.pt").exists() and (run/"checkpoint.prev.pt").exists()
+
+
+@damages
+def test_damaged_checkpoint_falls_back(runs, scenes, unbroken, monkeypatch, capsys, how):
+    monkeypatch.chdir(runs)
+    run = start_run("f", "run", "t", {})
+    stopped(scenes, run)
+    DAMAGE[how](run/"checkpoint.pt")
+    assert equal(train(scenes, run), unbroken)
+    out = capsys.readouterr().out
+    assert re.search("run/checkpoint.pt (is damaged|was made with other settings)", out) and "resuming run at step 2" in out and not (runs/"pwned").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="training.load_checkpoint: says 'falling back' and starts over in silence")
+def test_both_checkpoints_damaged(runs, scenes, unbroken, capsys):
+    run = start_run("f", "run", "t", {})
+    stopped(scenes, run)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"): DAMAGE["truncated"](run/name)
+    assert equal(train(scenes, run), unbroken)
+    out = capsys.readouterr().out
+    assert out.count("is damaged") == 2 and "run starts over" in out and "resuming" not in out
+
+
+def test_checkpoint_of_other_settings_is_not_used(runs, scenes, unbroken, capsys):
+    stopped(scenes, start_run("f", "run", "t", {"lr": 2}))
+    assert equal(train(scenes, start_run("f", "run", "t", {})), unbroken)
+    assert capsys.readouterr().out.count("made with other settings") == 2
+
+
+def test_nan_loss(runs, scenes, unbroken):
+    run = start_run("f", "run", "t", {})
+    with pytest.raises(FloatingPointError, match=r"gradient of step 3 is not finite; nothing was updated. Images: train-\S+, .*Lower lr"):
+        train(scenes, run, at=3, do=lambda out: out | dict(loss=out["loss"]*float("nan")))
+    assert [r["step"] for r in read_rows(run)] == [0, 1, 2] and not has_run("f", "run")
+    assert equal(train(scenes, run), unbroken), "the checkpoint before it is intact"
+
+
+@pytest.mark.xfail(strict=True, reason="training.fit: the last checkpoint comes before the last probe, which is then never made")
+def test_stopped_in_the_last_probe(runs, scenes):
+    run, student = start_run("f", "run", "t", {}), load_clip("tiny-smoke", seed=0)
+    aft = AFT(student, frozen(student), Attack(steps=1))
+    def stop(): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(student.visual, aft, scenes, STEPS, run, checkpoint_every=2, probe=stop)
+    fit(student.visual, aft, scenes, STEPS, run, checkpoint_every=2, probe=lambda: dict(clean=.5))
+    assert [r["step"] for r in read_rows(run, "probes.jsonl")] == [5]
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "text", "evil", "tensor"])
+@pytest.mark.parametrize("name", ["v.safetensors", "v.pt"])
+def test_damaged_weights(clip, tmp_path, monkeypatch, name, how):
+    monkeypatch.chdir(tmp_path)
+    file, before = tmp_path/name, {k: v.clone() for k, v in clip.visual.state_dict().items()}
+    save_visual(clip, file) if name == "v.safetensors" else torch.save(before, file)
+    load_visual(clip, file)
+    DAMAGE[how](file)
+    with pytest.raises(ValueError, match=f"{name}.*bytes. is truncated, damaged or not a checkpoint of tensors"): load_visual(clip, file)
+    assert equal(clip.visual.state_dict(), before) and not (tmp_path/"pwned").exists()
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "objects"])
+def test_damaged_state_of_an_evaluation(tmp_path, how):
+    state = tmp_path/"state.npz"
+    evaluate(state)
+    if how == "objects": np.savez(state, key="k", logits=np.array([{}], object))
+    else: DAMAGE[how](state)
+    with pytest.raises(ValueError, match="state.npz is damaged or no state.*delete it"): evaluate(state)
+
+
+@pytest.mark.parametrize("content", [b'{"config": {"a": ', b"", b"\xff\xfe\x00", b"<html>"])
+def test_damaged_run_files(runs, content):
+    run = start_run("f", "run", "t", {})
+    finish_run(run, {"a": 1})
+    for name in ("run.json", "metrics.json"): (run/name).write_bytes(content)
+    for read in (lambda: load_run("f", "run").config, lambda: load_run("f", "run").metrics):
+        with pytest.raises(ValueError, match=r"(run|metrics).json is not valid JSON .*delete it and run again"): read()
+    (run/"log.jsonl").write_bytes(b'{"step": 0}\n'+content+b'\n{"step": 1}\n')
+    assert [r["step"] for r in read_rows(run, before=2)] == [0, 1]
+
+
+@pytest.mark.parametrize("study, name", [("../../etc", "a"), ("/etc", "a"), ("a/../..", "a"), ("s", "../../a"), ("s", "/etc"), ("s", ""), ("", "a")])
+def test_names_of_runs_are_no_paths(runs, study, name):
+    for use in (lambda: start_run(study, name, "t", {}), lambda: load_run(study, name)):
+        with pytest.raises(ValueError, match="no absolute path.*set RECLIP_RUNS"): use()
+    assert not has_run(study, name) and not list(runs.iterdir())

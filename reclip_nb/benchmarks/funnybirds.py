@@ -57,6 +57,8 @@ class FunnyBirds(Dataset):
         if strange := set(self.parts)-{part_of(i) for i in PART_COLOURS}:
             raise ValueError(f"{folder}: parts {sorted(strange)} have no colour in a FunnyBirds part map")
         if not self.samples: raise ValueError(f"{folder}/dataset_{split}.json lists no bird")
+        if bad := [s["class_idx"] for s in self.samples if not isinstance(s["class_idx"], int)]:   # names of folders, too
+            raise ValueError(f"{folder}/dataset_{split}.json: class_idx {bad[0]!r} is no number: download it again")
         self.classes = [f"bird {c['class_idx']}" for c in self.combinations]
         self.labels = torch.tensor([s["class_idx"] for s in self.samples])
 

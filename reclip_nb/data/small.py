@@ -8,6 +8,8 @@ __all__ = ['ArrayPhotos', 'cifar10', 'stl10', 'fgvc_aircraft', 'CifarPhotos', 'c
 # %% ../../nbs/api/02_data_small.ipynb #42f7d8ed
 import io
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -99,7 +101,9 @@ class CifarPhotos(Photos):
         geometry: Geometry,  # for the image
         on_error: str,  # undecodable image: "skip" or "raise"
     ):
-        archive = np.load(file, allow_pickle=False)
+        try: archive = dict(np.load(file, allow_pickle=False))
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise Unreadable(f"{file} is damaged or holds more than plain arrays ({type(e).__name__}: {e}); fetch it again") from e
         self.archive, self.offsets = archive["jpeg"], archive["offsets"]
         self.rows = np.flatnonzero(archive["is_test"] == (split == "val"))
         labels, classes = archive["labels"][self.rows], archive["classes"].tolist()

@@ -52,7 +52,7 @@ def _categories(root: Path, wanted: Sequence[str] | None) -> list[str]:
     if unknown := set(wanted or ()) - set(have):
         raise ValueError(f"{root} has no category {sorted(unknown)}: choose from {have}")
     chosen = [c for c in have if wanted is None or c in wanted]
-    if missing := [f"c_{c}.csv" for c in chosen if not (root/f"c_{c}.csv").is_file()]:
+    if missing := [f"c_{c}.csv" for c in chosen if not inside(root, f"c_{c}.csv").is_file()]:
         raise FileNotFoundError(f"{root} is not a whole Broden folder: no {', '.join(missing)}; unpack it again")
     return chosen
 
