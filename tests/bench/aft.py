@@ -38,7 +38,7 @@ from reclip_nb.explain import EXPLAINERS, explain
 from reclip_nb.fast import FastClip, Live
 from reclip_nb.training import FitConfig, autocast, backward, gradient_norm, optimizer, step_generator
 
-STEPS, EPS, ALPHA, ETA, SIGMA, LR = 10, 4/255, 1/255, 1/255, 1/255, 1e-5
+MODEL, STEPS, EPS, ALPHA, ETA, SIGMA, LR = "ViT-B-16-quickgelu", 10, 4/255, 1/255, 1/255, 1/255, 1e-5
 FASTER = dict(fp32=1.05, bf16=2.8)              # at least this often as fast as plain, on the CPU
 KEPT = {"attack": 55, "update": 80}             # at most, MB an image in bfloat16
 LOSS = dict(fp32=1e-2, bf16=2e-2)               # the loss that an attack reaches is plain's up to this
@@ -402,6 +402,7 @@ def main(args):
     old = json.loads(Path(args.json).read_text()) if args.json and Path(args.json).exists() else {}
     result = dict(what=f"process seconds of a step of adversarial fine-tuning, {STEPS} PGD iterations, {args.model}, random weights, batch "
                        f"{args.batch or 2} on the CPU; MB an image that each pass keeps; peak memory of a large model, calculated")
+    if args.model != MODEL: result["what"] += f". A trial: the targets are for {MODEL}"
     if args.device != "cuda": result |= dict(machine=machine()) | on_cpu(args)
     if args.device != "cpu" and torch.cuda.is_available() or "gpu" not in old: result |= gpu(args.model, args.batch or 128, 10, args.peak_tflops)
     if args.json:
@@ -412,7 +413,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only this one")
-    parser.add_argument("--model", default="ViT-B-16-quickgelu", help="a vision transformer of open_clip; targets are for the default")
+    parser.add_argument("--model", default=MODEL, help="a vision transformer of open_clip; targets are for the default")
     parser.add_argument("--batch", type=int, help="images a step: 2 on the CPU, 128 on a GPU")
     parser.add_argument("--repeats", type=int, default=3, help="alternating rounds on the CPU")
     parser.add_argument("--large", default="ViT-L-14-quickgelu", help="model of the memory estimate; '' for none")
