@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .attacks import PENALTIES, auto_pgd, gaussian, noisy, pgd
 from .clip import Clip
-from .fast import FastClip
+from .fast import FastClip, Live
 
 # %% ../nbs/api/05_aft.ipynb #32f5fd9a
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def averaged(
 
 # %% ../nbs/api/05_aft.ipynb #fa4929c1
 def aft_loss(
-    student: Clip, # model being trained
+    student: Clip | Live, # model being trained
     x: torch.Tensor, # clean images in [0,1], (B,3,H,W)
     delta: torch.Tensor, # perturbation found by the attack, (B,3,H,W)
     target: torch.Tensor, # I_x, (B,D)
@@ -106,7 +106,7 @@ class AFT:
         if objective not in ("image", "text"): raise ValueError(f"objective={objective!r}; allowed: image, text")
         self.student, self.teacher, self.attack, self.objective = student, teacher, attack, objective
         self.loss, self.normalize, self.outer_noise = loss, normalize, outer_noise
-        self.fast_student, self.fast_teacher = FastClip(student, compiled), FastClip(teacher, compiled)
+        self.fast_student, self.fast_teacher = FastClip(student, compiled), FastClip(teacher, compiled, fixed=True)
         self.outer = dict(loss=loss, normalize=normalize, clean_weight=clean_weight, trades=trades)
 
     @torch.no_grad()
@@ -129,5 +129,5 @@ class AFT:
         delta = self.perturb(x, target, text, generator)
         self.student.visual.train()   # batch statistics of a ResNet follow the outer step, not the attack
         draws = gaussian(x, self.attack.sigma, self.attack.n_noise, generator) if self.outer_noise else None
-        loss = aft_loss(self.student, x, delta, target, text=text, z=draws and draws(0), **self.outer)
+        loss = aft_loss(Live(self.fast_student), x, delta, target, text=text, z=draws and draws(0), **self.outer)
         return dict(loss=loss.mean(), aft=loss.detach().mean(), delta_255=delta.abs().mean()*255)

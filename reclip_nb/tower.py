@@ -6,8 +6,8 @@
 __all__ = ['PARTS', 'MODULE_EXTRAS', 'OTHER_EXTRAS', 'TIMM_TYPES', 'TIMM_EXTRAS', 'READOUTS', 'FIRST', 'unlike_plain',
            'unlike_timm', 'odd_norms', 'refuse', 'block_view', 'timm_view', 'coca_pooler', 'pooled_from', 'timm_pooler',
            'Tower', 'ViT', 'OpenClipViT', 'open_clip_readout', 'batch_first', 'patch_grid', 'set_posemb', 'TimmViT',
-           'timm_readout', 'timm_projection', 'set_timm_size', 'resnet_grid', 'ResNet', 'tower_kind', 'as_tower',
-           'fast_encoder']
+           'timm_readout', 'timm_projection', 'set_timm_size', 'resnet_grid', 'ResNet', 'tower_kind', 'tower_over',
+           'as_tower', 'fast_encoder']
 
 # %% ../nbs/api/03_tower.ipynb #c0a5bfbd
 from collections.abc import Callable
@@ -434,6 +434,16 @@ def tower_kind(
                     "supported are open_clip's VisionTransformer and ModifiedResNet and timm's "
                     "VisionTransformer, alone or inside a CLIP model")
 
+def tower_over(
+    visual: nn.Module,                    # a shadow of an image tower; the view may change it
+    size: tuple[int, int] | None = None,  # image (H, W); None: the tower's own
+    antialias: bool = True,               # of the position embedding at another size
+) -> Tower:
+    "A view of a shadow. TypeError for an architecture we do not know."
+    kind = tower_kind(visual)
+    if size is None: size = getattr(visual, "image_size", None) or visual.patch_embed.img_size
+    return kind(visual, (size, size) if isinstance(size, int) else tuple(size), antialias)
+
 def as_tower(
     model: nn.Module,                     # a `Clip`, an open_clip model, its image tower, or a timm ViT
     size: tuple[int, int] | None = None,  # image (H, W); None: the tower's own
@@ -444,9 +454,7 @@ def as_tower(
     "A read-only view of an image tower. TypeError for an architecture it does not know."
     visual = getattr(model, "visual", model)
     visual = getattr(visual, "_orig_mod", visual)    # inside torch.compile
-    kind = tower_kind(visual)
-    if size is None: size = getattr(visual, "image_size", None) or visual.patch_embed.img_size
-    return kind(shadow(visual, live), (size, size) if isinstance(size, int) else tuple(size), antialias)
+    return tower_over(shadow(visual, live), size, antialias)
 
 # %% ../nbs/api/03_tower.ipynb #56ed5ee2
 def fast_encoder(

@@ -1,0 +1,422 @@
+"""Cost of a step of adversarial fine-tuning: time, memory kept for the backward pass, and what bfloat16 changes; ViT-B/16, random weights.
+
+    python tests/bench/aft.py [--device cpu|cuda] [--model NAME] [--batch N] [--repeats N] [--large NAME] [--peak-tflops T] [--json FILE]
+
+"plain" is the published loop, written below from its description on open_clip's own forward pass: single precision, uniform start, ten
+sign steps with momentum, smoothing noise and the pixel penalty; weights require gradients during the attack, the clean images go
+forward once more for the log, every iteration asks the device whether its numbers are sane. "fp32" and "bf16" are this library as a
+user gets it: `AFT`, `backward`, `gradient_norm` and `optimizer`. All three draw the same start and the same noise. The programs
+alternate in one process; times on the CPU are process seconds of one thread, on a GPU wall seconds between synchronisations; ratios are of
+minima and of medians. Memory counts the storages that a forward pass leaves behind, per image: two images less one, so that weights
+and their casts do not count. Without --device the CPU is measured and, where there is one, the GPU; rows of a device that is not measured
+stay as FILE has them, or say "not measured"."""
+import argparse
+import contextlib
+import copy
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from reclip_nb.aft import AFT, Attack
+from reclip_nb.clip import check_pixels, frozen, load_clip
+from reclip_nb.epg import EPG, epg_loss
+from reclip_nb.explain import EXPLAINERS, explain
+from reclip_nb.fast import FastClip, Live
+from reclip_nb.training import FitConfig, autocast, backward, gradient_norm, optimizer, step_generator
+
+MODEL, STEPS, EPS, ALPHA, ETA, SIGMA, LR = "ViT-B-16-quickgelu", 10, 4/255, 1/255, 1/255, 1/255, 1e-5
+FASTER = dict(fp32=1.05, bf16=2.8)              # at least this often as fast as plain, on the CPU
+KEPT = {"attack": 55, "update": 80}             # at most, MB an image in bfloat16
+LOSS = dict(fp32=1e-2, bf16=2e-2)               # the loss that an attack reaches is plain's up to this
+GPU_SECONDS, GPU_EPG, EPG_COSINE = .30, 1.5, .95
+PAPER_HOURS, PAPER_STEPS = 34.6, 20_000
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "3090": 71, "L4": 121}   # bf16 TFLOP/s, dense
+
+
+# ---- plain programs -----------------------------------------------------------------------------------------
+
+def embed(clip, x):
+    "Unit embeddings by open_clip's own forward pass."
+    return F.normalize(clip.visual((x-clip.mean)/clip.std), dim=-1)
+
+
+def plain_attack(student, x, target, gen):
+    "Published inner loop."
+    delta = ((2*torch.rand(x.shape, generator=gen, device=x.device)-1)*EPS).requires_grad_()
+    velocity = torch.zeros_like(x)
+    for _ in range(STEPS):
+        noise = torch.randn(x.shape, generator=gen, device=x.device)*SIGMA
+        gain = (embed(student, (x+noise).clamp(0, 1)+delta)-target).square().sum(1).mean()
+        penalty = ETA/EPS*delta.norm(dim=1).mean()
+        grad, = torch.autograd.grad(gain-penalty, delta)
+        with torch.no_grad():
+            if grad.isnan().any():
+                print("NaN gradients set to 0")
+                grad[grad.isnan()] = 0
+            velocity = (.9*velocity+grad.sign()).sign()
+            delta += ALPHA*velocity
+            delta.clamp_(-EPS, EPS)
+            delta.copy_((x+delta).clamp(0, 1)-x)
+            assert not delta.isnan().any()
+            assert (x+delta).min() >= -1e-6 and (x+delta).max() <= 1+1e-6
+    return delta.detach()
+
+
+def plain_step(student, teacher, opt, x, gen):
+    "Published step; returns the loss."
+    with torch.no_grad(): target = embed(teacher, x)
+    student.visual.eval()
+    delta = plain_attack(student, x, target, gen)
+    student.visual.train()
+    clean = embed(student, x)                                # for the log, with a graph
+    adv = embed(student, x+delta)
+    loss = (adv-target).square().sum(1).mean()
+    loss.backward()
+    opt.step(); opt.zero_grad()
+    (clean-target).square().sum(1).mean().item(), F.cosine_similarity(adv, target).mean().item()
+    return loss.item()
+
+
+def plain_epg(student, target, x, mask):
+    "Share of the gradient outside the mask, differentiable: single precision, torch's math attention."
+    x = x.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        score = (embed(student, x)*target).sum()
+        saliency = torch.autograd.grad(score, x, create_graph=True)[0].abs().sum(1)
+        return (1-(saliency*mask).sum((1, 2))/saliency.sum((1, 2))).mean()
+
+
+# ---- ours ---------------------------------------------------------------------------------------------------
+
+def config(precision, batch): return FitConfig(steps=PAPER_STEPS, batch_size=batch, lr=LR, precision=precision)
+
+
+def our_attack(student, teacher, x, gen, precision, steps=STEPS):
+    "The perturbation that the objective's attack finds."
+    aft = AFT(student, teacher, Attack(steps=steps))
+    with autocast(x.device, precision): return aft.perturb(x, aft.references(dict(image=x))[0], None, gen)
+
+
+class Step:
+    "An objective, an optimiser, and the body of the training loop."
+    def __init__(self, objective, student, cfg):
+        self.objective, self.module, self.cfg, self.opt, self.n = objective, student.visual, cfg, optimizer(student.visual, cfg), 0
+
+    def __call__(self, batch):
+        check_pixels(batch["image"])
+        backward(self.objective, batch, self.cfg, self.n)
+        gradient_norm(self.module, batch, self.n)
+        self.opt.step(); self.opt.zero_grad()
+        self.n += 1
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------
+
+def models(name, device="cpu"):
+    "A student at some distance of its teacher, as in training."
+    teacher, gen = frozen(load_clip(name, seed=0)), torch.Generator().manual_seed(0)
+    student = load_clip(name, seed=0)
+    with torch.no_grad():
+        for p in student.visual.parameters(): p.add_(.002*torch.randn(p.shape, generator=gen))
+    return student.to(device).train(), teacher.to(device)
+
+
+def images(n, clip):
+    "Images for a model, and masks of their lower right quarter."
+    (h, w), device = clip.image_size, clip.mean.device
+    x, mask = torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(1)), torch.zeros(n, h, w, dtype=torch.bool)
+    mask[:, h//2:, w//2:] = True
+    return dict(image=x.to(device), mask=mask.to(device))
+
+
+def seconds(program, *args, device="cpu"):
+    "Process seconds on the CPU, wall seconds with a GPU."
+    clock = time.process_time
+    if device == "cuda":
+        torch.cuda.synchronize()
+        clock = time.perf_counter
+    start = clock()
+    program(*args)
+    if device == "cuda": torch.cuda.synchronize()
+    return clock()-start
+
+
+def alternate(programs, repeats, device="cpu"):
+    "Seconds of every program in each of some rounds."
+    rounds = []
+    for r in range(repeats):
+        rounds.append({name: seconds(f, device=device) for name, f in programs.items()})
+        print(f"round {r+1}:", "  ".join(f"{n} {v:.3g} s" for n, v in rounds[-1].items()), flush=True)
+    return {name: [r[name] for r in rounds] for name in programs}
+
+
+class Held(TorchDispatchMode):
+    "Counts the bytes of what was made inside and is still there."
+    def __init__(self):
+        super().__init__()
+        self.old, self.new = set(), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        self.old |= {s._cdata for s in storages((args, kwargs))}-self.new.keys()
+        out = func(*args, **(kwargs or {}))
+        for s in storages(out):
+            if s._cdata not in self.old: self.new.setdefault(s._cdata, (StorageWeakRef(s), s.nbytes()))
+        return out
+
+    def bytes(self):
+        gc.collect()
+        return sum(n for ref, n in self.new.values() if not ref.expired())
+
+
+def kept(forward, x, *more):
+    "MB an image that a forward pass leaves behind for the backward pass: two images less one."
+    found = []
+    for n in (1, 2):
+        with Held() as held: out = forward(*(t[:n].clone() for t in (x, *more)))
+        found.append(held.bytes())
+        del out
+    return (found[1]-found[0])/1e6
+
+
+def forwards(student, target, precision):
+    "The two forward passes of a step, and that of the saliency term, ours."
+    fast, device = FastClip(student), target.device
+    def of(encode):
+        def run(x):
+            with autocast(device, precision): return encode(fast.sync(), x)
+        return run
+    def epg(x, mask):
+        with autocast(device, precision): return epg_loss(student, target[:len(x)], x, mask)
+    with autocast(device, precision): fast.sync()       # makes the copy
+    return dict(attack=of(lambda f, x: f.encode_image(x.requires_grad_())), update=of(lambda f, x: Live(f).encode_image(x)), epg=epg)
+
+
+# ---- the CPU's tables ---------------------------------------------------------------------------------------
+
+def times(name, batch, repeats):
+    "Seconds of a step, and the loss that its attack reaches, evaluated in single precision."
+    student, teacher = models(name)
+    data = images(batch, student)
+    with torch.no_grad(): target = embed(teacher, data["image"])
+    gen = lambda: step_generator(0, 0)
+    reached = lambda delta: (embed(student, data["image"]+delta)-target).square().sum(1).mean().item()
+    deltas = dict(plain=plain_attack(student, data["image"], target, gen()))
+    deltas |= {p: our_attack(student, teacher, data["image"], gen(), p) for p in FASTER}
+    first = {p: our_attack(student, teacher, data["image"], gen(), p, 1) for p in FASTER}
+    with torch.no_grad(): loss = {name: reached(d) for name, d in deltas.items()}
+    pair = copy.deepcopy(student)
+    opt = torch.optim.AdamW(pair.visual.parameters(), lr=LR, weight_decay=1e-4)
+    steps, programs = iter(range(10**6)), {}
+    programs["plain"] = lambda: plain_step(pair, teacher, opt, data["image"], step_generator(0, next(steps)))
+    for p in FASTER:
+        own = copy.deepcopy(student)
+        step = Step(AFT(own, teacher, Attack(steps=STEPS)), own, config(p, batch))
+        programs[p] = lambda step=step: step(data)
+        Step(AFT(own, teacher, Attack(steps=1)), own, config(p, batch))(data)      # warm-up
+    spent, rows = alternate(programs, repeats), []
+    for p, target_ratio in FASTER.items():
+        row = dict(ours=p, seconds=min(spent[p]), plain=min(spent["plain"]), ratio=min(spent["plain"])/min(spent[p]),
+                   ratio_median=statistics.median(spent["plain"])/statistics.median(spent[p]), at_least=target_ratio, rounds=repeats,
+                   loss=loss[p]/loss["plain"], loss_within=LOSS[p],
+                   same_first_signs=(first[p] == first["fp32"]).float().mean().item(),
+                   same_delta=((deltas[p]-deltas["plain"]).abs() < 1e-5).float().mean().item())
+        if abs(row["loss"]-1) > LOSS[p]: raise SystemExit(f"{p}: the attack reaches {row['loss']:.4f} of plain's loss")
+        print("{ours}: {ratio:.2f}x plain (median {ratio_median:.2f}), at least {at_least}; loss reached {loss:.4f} of plain's".format(**row))
+        rows.append(row)
+    return rows
+
+
+def memory(name):
+    "MB an image of each pass."
+    (student, teacher), rows = models(name), []
+    x, mask = images(2, student).values()
+    with torch.no_grad(): target = embed(teacher, x)
+    loss = lambda v: (embed(student, v)-target[:len(v)]).square().sum(1).mean()
+    plain = dict(attack=kept(lambda v: loss(v.requires_grad_()), x), update=kept(lambda v: (loss(v), loss(v)), x),
+                 epg=kept(lambda v, m: plain_epg(student, target[:len(v)], v, m), x, mask))
+    ours = {p: forwards(student, target, p) for p in FASTER}
+    for part in plain:
+        row = {"pass": part, "plain": plain[part]} | {p: kept(ours[p][part], *((x, mask) if part == "epg" else (x,))) for p in FASTER}
+        if part == "update":
+            student.visual.set_grad_checkpointing()
+            row |= {"bf16 checkpointing": kept(ours["bf16"][part], x)}
+            student.visual.set_grad_checkpointing(False)
+        rows.append(row | dict(at_most=KEPT.get(part, "")))
+        print("MB an image", rows[-1])
+    return rows
+
+
+def fits(name, batch=128, card_gb=24):
+    "Estimate of the peak of a step of a large model: what stays, and the activations of a micro-batch, measured on one and two images."
+    student, rows = load_clip(name), []
+    x = images(2, student)["image"]
+    with torch.no_grad(): target = torch.zeros(2, 1)
+    forward, p = forwards(student, target, "bf16"), sum(p.numel() for p in student.visual.parameters())
+    attack, update = kept(forward["attack"], x), {False: kept(forward["update"], x)}
+    student.visual.set_grad_checkpointing()
+    update[True] = kept(forward["update"], x)
+    bytes_ = dict(weights=4, gradients=4, moments=8, copy=2, teacher=4, copy_of_teacher=2)
+    for recompute in (False, True):
+        for accumulate in (1, 2, 4, 8):
+            peak = p*sum(bytes_.values())/1e9+max(attack, update[recompute])*batch/accumulate/1e3
+            rows.append(dict(model=name, batch=batch, accumulate=accumulate, checkpointing=recompute, attack_mb=attack,
+                             update_mb=update[recompute], state_gb=p*sum(bytes_.values())/1e9, peak_gb=peak, fits_24_gb=peak < .9*card_gb))
+            print("{model} accumulate {accumulate} checkpointing {checkpointing}: {peak_gb:.1f} GB".format(**rows[-1]))
+    return rows
+
+
+def saliency(name, batch, repeats, step_seconds):
+    "Exact double backward, bfloat16 against plain single precision."
+    student, teacher = models(name)
+    x, mask = images(batch, student).values()
+    with torch.no_grad(): target = embed(teacher, x)
+    params, found = [*student.visual.parameters()], {}
+    def plain(): found["plain"] = torch.autograd.grad(plain_epg(student, target, x, mask), params)
+    def ours(precision):
+        with autocast(x.device, precision): loss = epg_loss(student, target, x, mask)
+        found[precision] = torch.autograd.grad(loss, params, allow_unused=True)
+    programs = dict(plain=plain) | {p: (lambda p=p: ours(p)) for p in FASTER}
+    for f in programs.values(): f()
+    flat = {k: torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(v, params)]) for k, v in found.items()}
+    spent, rows = alternate(programs, repeats), []
+    for p in FASTER:
+        low, high = min(spent[p]), min(spent["plain"])
+        cosine = F.cosine_similarity(flat[p], flat["plain"], dim=0).item()
+        if cosine < EPG_COSINE: raise SystemExit(f"{p}: cosine {cosine:.3f} with the exact gradient")
+        rows.append(dict(ours=p, seconds=low, plain=high, ratio=high/low, rounds=repeats, cosine=cosine, cosine_above=EPG_COSINE,
+                         step_with_epg=1+low/step_seconds[p]))
+        print("EPG {ours}: {ratio:.2f}x plain, cosine {cosine:.3f}, a step takes {step_with_epg:.2f} of one without".format(**rows[-1]))
+    return rows
+
+
+# ---- the GPU's tables ---------------------------------------------------------------------------------------
+
+def flops(visual):
+    "FLOPs of the forward pass of one image: matrix products of the patches, of the blocks, of attention."
+    (p, q), (n, d), layers = visual.conv1.kernel_size, visual.positional_embedding.shape, len(visual.transformer.resblocks)
+    return layers*(24*n*d*d+4*n*n*d)+2*(n-1)*3*p*q*d
+
+
+def gpu_row(program, step, batch, repeats, f, peak):
+    "One program on the GPU; without one, a row that says so."
+    row = dict(program=program, batch=batch, seconds=None, utilisation=None, peak_gb=None, hours_20000_steps=None, paper_hours=PAPER_HOURS)
+    if step is None: return row
+    for _ in range(3): step()
+    torch.cuda.reset_peak_memory_stats()
+    spent = [seconds(step, device="cuda") for _ in range(repeats)]
+    low = min(spent)
+    used = f*batch/low/peak/1e12 if peak else None
+    row |= dict(seconds=low, median=statistics.median(spent), utilisation=used, peak_gb=torch.cuda.max_memory_allocated()/1e9,
+                hours_20000_steps=low*PAPER_STEPS/3600)
+    print("GPU {program}: {seconds:.3f} s a step, {peak_gb:.1f} GB".format(**row), flush=True)
+    return row
+
+
+def gpu_programs(batch, student, teacher):
+    "Steps by name, each with its floor in forward passes: reference 1, attack 10 x 2, update 3; exact double backward 6 more."
+    opt = torch.optim.AdamW(student.visual.parameters(), lr=LR, weight_decay=1e-4)
+    gen = lambda: step_generator(0, 0, device="cuda")
+    aft = {c: AFT(student, teacher, Attack(steps=STEPS), compiled=c) for c in (False, True)}
+    cfg = config("bf16", batch)
+    yield "bf16", 24, lambda: Step(aft[False], student, cfg)
+    yield "bf16, compiled", 24, lambda: Step(aft[True], student, cfg)
+    yield "bf16 with EPG", 30, lambda: Step(EPG(aft[False]), student, cfg)
+    yield "plain fp32", 24, lambda: lambda batch: plain_step(student, teacher, opt, batch["image"], gen())
+
+
+def gpu_steps(name, batch, repeats, peak):
+    "Seconds, utilisation and memory of every step; a row without numbers where there is no GPU, or too little of it."
+    names, rows = ("bf16", "bf16, compiled", "bf16 with EPG", "plain fp32"), []
+    if not torch.cuda.is_available(): return [gpu_row(n, None, batch, 0, 0, None) for n in names]
+    student, teacher = models(name, "cuda")
+    data, f = images(batch, student), flops(student.visual)
+    for program, floor, make in gpu_programs(batch, student, teacher):
+        try: rows.append(gpu_row(program, partial(make(), data), batch, repeats, floor*f, peak))
+        except torch.OutOfMemoryError: rows.append(gpu_row(program, None, batch, 0, 0, None))
+        torch.cuda.empty_cache()
+    return rows
+
+
+def gpu_explainers(model, repeats, batch=32, texts=1):
+    "Images a second of every explainer, single precision."
+    if not torch.cuda.is_available(): return [dict(explainer=n, images_s=None) for n in sorted(EXPLAINERS)]
+    (_, teacher), rows = models(model, "cuda"), []
+    x = images(batch, teacher)["image"]
+    with torch.no_grad(): words = embed(teacher, x)[:texts]
+    for name in sorted(EXPLAINERS):
+        with contextlib.suppress(TypeError):
+            run = lambda: explain(teacher, x, words, name)
+            run()
+            rows.append(dict(explainer=name, images_s=batch/min(seconds(run, device="cuda") for _ in range(repeats))))
+    return rows
+
+
+def gpu(name, batch, repeats, peak):
+    "Everything on the GPU."
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if card and not peak: peak = next((v for k, v in PEAKS.items() if k in card), None)
+    steps = gpu_steps(name, batch, repeats, peak)
+    time_of = {r["program"]: r["seconds"] for r in steps}
+    ratio = time_of["bf16 with EPG"] and time_of["bf16"] and time_of["bf16 with EPG"]/time_of["bf16"]
+    return dict(gpu=dict(card=card, peak_tflops=peak, step_at_most_s=GPU_SECONDS, step_with_epg=ratio, step_with_epg_at_most=GPU_EPG),
+                gpu_steps=steps, gpu_explainers=gpu_explainers(name, repeats))
+
+
+# ---- all of it ----------------------------------------------------------------------------------------------
+
+def machine():
+    "What the numbers depend on; no names of folders."
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
+    versions = {n: importlib.metadata.version(n) for n in ("torch", "open_clip_torch")}
+    return dict(cpu=cpu, threads=1, python=platform.python_version(), versions=versions)
+
+
+def on_cpu(args):
+    "Everything on the CPU."
+    rows = times(args.model, args.batch or 2, args.repeats)
+    found = dict(step=rows, saliency=saliency(args.model, args.batch or 2, args.repeats, {r["ours"]: r["seconds"] for r in rows}), kept_mb=memory(args.model))
+    return found | (dict(large=fits(args.large)) if args.large else {})
+
+
+def main(args):
+    torch.set_num_threads(1)
+    if args.device == "cuda" and not torch.cuda.is_available(): raise SystemExit("--device cuda: no CUDA device is at hand")
+    old = json.loads(Path(args.json).read_text()) if args.json and Path(args.json).exists() else {}
+    result = dict(what=f"process seconds of a step of adversarial fine-tuning, {STEPS} PGD iterations, {args.model}, random weights, batch "
+                       f"{args.batch or 2} on the CPU; MB an image that each pass keeps; peak memory of a large model, calculated")
+    if args.model != MODEL: result["what"] += f". A trial: the targets are for {MODEL}"
+    if args.device != "cuda": result |= dict(machine=machine()) | on_cpu(args)
+    if args.device != "cpu" and torch.cuda.is_available() or "gpu" not in old: result |= gpu(args.model, args.batch or 128, 10, args.peak_tflops)
+    if args.json:
+        short = json.loads(json.dumps(old | result), parse_float=lambda v: round(float(v), 4))
+        Path(args.json).write_text(json.dumps(short, indent=1)+"\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only this one")
+    parser.add_argument("--model", default=MODEL, help="a vision transformer of open_clip; targets are for the default")
+    parser.add_argument("--batch", type=int, help="images a step: 2 on the CPU, 128 on a GPU")
+    parser.add_argument("--repeats", type=int, default=3, help="alternating rounds on the CPU")
+    parser.add_argument("--large", default="ViT-L-14-quickgelu", help="model of the memory estimate; '' for none")
+    parser.add_argument("--peak-tflops", type=float, help="bf16 peak of the card where its name is unknown")
+    parser.add_argument("--json", help="file for the tables")
+    main(parser.parse_args())
