@@ -520,6 +520,7 @@ class Figure:
     title: str # what it shows
     where: str # section of the paper
     stated: str = "" # what the text says about it in numbers; curves and bars have no printed values
+    model: str = "" # the network it is about, the beginning of an entry name@weights; empty: any
 
     @property
     def notebook(self) -> str:
@@ -527,8 +528,9 @@ class Figure:
         return next(nb for nb, ids in EXPERIMENTS.items() if self.id in ids)
 
 
-_PER_CLASS = ("Laion2B ViT-B/16", "OpenAI ViT-B/16", "Laion400M ViT-B/16", "MetaCLIP ViT-B/16",
-              "OpenAI ViT-L/14", "Laion400M ViT-L/14", "Laion2B ViT-H/14")
+_PER_CLASS = {"Laion2B ViT-B/16": "ViT-B-16@laion2b", "OpenAI ViT-B/16": "ViT-B-16@openai", "Laion400M ViT-B/16": "ViT-B-16@laion400m",
+              "MetaCLIP ViT-B/16": "ViT-B-16-quickgelu@metaclip", "OpenAI ViT-L/14": "ViT-L-14@openai",
+              "Laion400M ViT-L/14": "ViT-L-14@laion400m", "Laion2B ViT-H/14": "ViT-H-14@laion2b"}
 FIGURES = [
     Figure("re.fig1", "Saliency of CLIP and AFT4: Simple Gradient, Grad-ECLIP, OOD images, linear probe",
            "§4.1.1, §4.1.3", "four OOD sets; six COCO classes for the probe"),
@@ -540,9 +542,9 @@ FIGURES = [
     Figure("re.fig5", "Figure 1 (a, b) after EPG fine-tuning with w_s = 0.6", "Appendix C"),
     Figure("legrad.fig7", "Qualitative comparison on OpenImages V7", "§8.7"),
     Figure("legrad.fig8", "Example of positive and negative perturbation", "§9.3"),
-    Figure("legrad.fig9", "Gradient distribution over layers, PascalVOC, ViT-L/14", "§10"),
-    Figure("legrad.fig10", "Gradient distribution over layers, PascalVOC, ViT-B/16", "§10"),
+    Figure("legrad.fig9", "Gradient distribution over layers, PascalVOC, ViT-L/14", "§10", model="ViT-L-14@"),
+    Figure("legrad.fig10", "Gradient distribution over layers, PascalVOC, ViT-B/16", "§10", model="ViT-B-16@"),
     Figure("legrad.fig11", "Qualitative comparison on OpenImages V7, continued", "§8.7"),
     *(Figure(f"legrad.fig{12 + i}", f"Gradient distribution over layers for each class, {m}", "§10",
-             "late layers lead, except for 'person'") for i, m in enumerate(_PER_CLASS)),
+             "late layers lead, except for 'person'", spec) for i, (m, spec) in enumerate(_PER_CLASS.items())),
 ]

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import papermill
 import pytest
 
 from reclip_nb.metrics import METRICS
-from reclip_nb.paper import EXPERIMENTS
+from reclip_nb.paper import EXPERIMENTS, table
 from reclip_nb.report import comparison, report_json, sections, sweep, tradeoff
+from reclip_nb.report.dual import dual_table, plot_dual
 from reclip_nb.runs import finish_run, has_run, runs_root, start_run, write_json
 from reclip_nb.study import graph
 
@@ -48,17 +50,18 @@ def localise(study: str, models=MAPS, shift: float = 0, protocols=("zero_shot", 
     finish_run(run, dict(table=rows))
 
 
-def tidy(study: str, experiment: str, rows: list[dict]):
+def tidy(study: str, experiment: str, rows: list[dict], config: dict = {}, **more):
     "A finished run that leaves rows; each has an interval around its mean."
     ends = lambda v: dict(low=v-.02, high=v+.02)
-    finish_run(start_run(study, experiment, experiment, {}, dict(rule="made up")),
-               dict(table=[dict(n=96, interval="bootstrap", chance=None) | ends(r.get("mean", r.get("value"))) | r for r in rows]))
+    finish_run(start_run(study, experiment, experiment, config, dict(rule="made up")),
+               more | dict(table=[dict(n=96, interval="bootstrap", chance=None) | ends(r.get("mean", r.get("value"))) | r for r in rows]))
 
 
 def concepts(study: str, similarities=("soft_wpmi", "cos", "cos_cubed", "pearson"), models=("clip", "aft1", "aft4")):
     "Runs of both dissections."
-    tidy(study, "clip_dissect", [dict(model=m, method=k, metric=s, mean=GROW[m]) for m in models for k in similarities for s in ("mean", "median")])
-    tidy(study, "network_dissection", [dict(model=m, order=o, statistic="detectors", value=96*v, null=2) for m, v in GROW.items() for o in ("after", "before")])
+    tidy(study, "clip_dissect", [dict(model=m, method=k, metric=s, mean=GROW[m]) for m in models for k in similarities for s in ("mean", "median")],
+         dict(models=models, similarities=similarities))
+    tidy(study, "network_dissection", [dict(model=m, order=o, statistic="detectors", value=96*v, null=20*v) for m, v in GROW.items() for o in ("after", "before")])
 
 
 def accuracy(study: str, **changed):
@@ -74,18 +77,42 @@ def accuracy(study: str, **changed):
 def roar(study: str):
     "A run of roar."
     areas = {("random", "none"): .8, ("simple_gradient", "clip"): .6, ("simple_gradient", "aft4_rn"): .4, ("gradcam", "clip"): .6, ("gradcam", "aft4_rn"): .6}
-    tidy(study, "roar", [dict(model=m, method=k, data=d, metric="area", mean=v) for (k, m), v in areas.items() for d in ("shapes", "parts")])
+    tidy(study, "roar", [dict(model=m, method=k, data=d, metric="area", mean=v) for (k, m), v in areas.items() for d in ("shapes", "parts")],
+         dict(models=["clip", "aft4_rn"], methods=["simple_gradient", "gradcam"], data=["shapes", "parts"]))
 
 
 def dual(study: str):
     "A run of dual_aft."
-    means = dict(aft4=.1, aft4_pgd10=.2, aft4_long=.2, dual4=.3, dual16=.3, dual4_long=.4)
-    tidy(study, "dual_aft", [dict(model=m, method="simple_gradient", metric=k, mean=v) for m, v in means.items() for k in ("clean", "robust_2", "energy")])
+    means = dict(aft4=[.1]*3, aft8=[.1]*3, aft4_pgd10=[.2]*3, aft4_long=[.2]*3, dual4_long=[.4]*3, dual1=[.5, .2, .2], dual4=[.4, .3, .3],
+                 dual16=[.3, .4, .4], dual64=[.2, .5, .5])
+    rows = [dict(model=m, method="simple_gradient", metric=k, mean=v) for m, vs in means.items() for k, v in zip(("clean", "robust_2", "energy"), vs)]
+    maps = [dict(model=m, method=e, metric="PG-energy", mean=.3, low=.2, high=.4, n=96, interval="normal", chance=.14) for m in means for e in METHODS[:2]]
+    tidy(study, "dual_aft", rows, dict(pgd=["aft4", "aft8"], dual=["dual1", "dual4", "dual16", "dual64"], variants=["aft4_pgd10", "aft4_long", "dual4_long"]),
+         maps=maps, price=dict.fromkeys(means, 1.))
 
 
-def gallery(study: str, models=("clip", "aft4", "epg0.6"), methods=("simple_gradient",)):
+def legrad(study: str, **changed):
+    "Runs of the LeGrad half with the paper's own numbers, on the embedded models; `changed` values are keyed table/method/metric."
+    names, both = dict(negative="negative_target", positive="positive_target"), ("negative_target", "positive_target")
+    areas = {(n, m, k): v for n in (6, 7, 9) for (m, k), v in table(f"legrad.table{n}").frame.set_index("method").rename(columns=names).stack().items()}
+    areas |= {(n, "random", k): v for n in (6, 7, 9) for k, v in zip(both, (30, 40))}
+    kind = {(False, False): "legrad:one_layer:no_relu", (True, False): "legrad:one_layer", (False, True): "legrad:slope1.0", (True, True): "legrad"}
+    for _, r in table("legrad.table8").frame.query("model == 'ViT-L-14'").iterrows(): areas |= {(8, kind[r.relu, r.all_layers], k): r[k[:8]] for k in both}
+    for _, r in table("legrad.table10").frame.iterrows(): areas |= {(10, f"legrad:slope{r.slope}" if r.slope else "legrad", k): r[k[:8]] for k in both}
+    model = {6: "clip", 7: "siglip", 8: "clip", 9: "classifier", 10: "clip"}
+    rows = [dict(table=f"legrad.table{n}", model=model[n], method=m, metric=k, mean=changed.get(f"{n}/{m}/{k}", v)) for (n, m, k), v in areas.items()]
+    tidy(study, "legrad_perturbation", [r for r in rows if r["metric"] != "p_miou"])
+    tidy(study, "legrad_open_vocabulary", [r | dict(mean=r["mean"]/100) for r in rows if r["metric"] == "p_miou"])
+    birds = table("legrad.table11").frame.replace("chefer_lrp", "transformer_attribution").set_index("method").stack()
+    tidy(study, "funnybirds", [dict(model="classifier_parts", method=m, metric=k, mean=v) for (m, k), v in birds.items()])
+    layers = [dict(model=m, layer=l, blocks=3, mean=v) | {"class": "all"} for m in ("clip", "siglip") for l, v in enumerate((.2, .3, .5), 1)]
+    tidy(study, "layer_gradients", layers, dict(models=["clip", "siglip"]), leading=[{"model": m, "1": 4, "3": 20} for m in ("clip", "siglip")])
+
+
+def gallery(study: str, models=("clip", "aft4", "epg0.6"), methods=("simple_gradient", "grad_eclip")):
     "A finished gallery without pictures."
-    run = start_run(study, "saliency_gallery", "saliency_gallery", dict(models=models, methods=methods, explainers=["legrad"]))
+    run = start_run(study, "saliency_gallery", "saliency_gallery", dict(models=models, methods=methods, six=True, ood=["lesions", "films", "animals", "tunnels"],
+                    explainers=["legrad", "chefer", "gradcam", "attention_cam", "raw_attention", "rollout", "textspan"]))
     rows = [dict(model=m, protocol=p, data=d, metric=k, mean=GROW[m], n=192) for m in models if m in ("clip", "aft4")
             for p, d in (("out_of_distribution", "films"), ("out_of_distribution", "all"), ("six_class_probe", "shapes"))
             for k in ("PG-energy", "concentration")]
@@ -101,6 +128,8 @@ def complete(study: str = "tiny/quick-seed0", shift: float = 0) -> str:
     accuracy(study)
     dual(study)
     roar(study)
+    legrad(study)
+    finish_run(start_run(study, "tradeoff", "tradeoff", {}), dict(points=[dict(model=m) for m in SWEEP]))
     for name, job in graph("tiny").items():   # the rest leaves nothing that is judged
         if not has_run(study, name) and name != "report": finish_run(start_run(study, name, job.notebook, {}), {})
     return study
@@ -128,10 +157,11 @@ def test_complete_study():
     assert report["missing"] == {"tiny/quick-seed0": []}
     found = {f["id"]: f["verdict"] for f in report["findings"]}
     assert {*found.values()} == {"holds", "reported"}
-    assert {c["id"]: c["verdict"] for c in report["claims"]} == dict.fromkeys(("claim1", "claim2", "claim3", "claim4", "epg", "dual"), "holds")
+    assert {c["id"]: c["verdict"] for c in report["claims"]} == dict.fromkeys(("claim1", "claim2", "claim3", "claim4", "epg", "legrad", "dual"), "holds")
     known = status(report)
     assert known.keys() == {i for ids in EXPERIMENTS.values() for i in ids}
-    assert {i for i, s in known.items() if s == "partly measured"} == {"re.table4"}      # the embedded world has one data set, not five
+    others = {f"legrad.fig{n}" for n in (9, 10, *range(12, 19))}                          # figures of networks that the embedded world does not have
+    assert {i for i, s in known.items() if s == "partly measured"} == {"re.table4", "legrad.table8", *others}   # one data set, not five; one CLIP, not two
     assert {*known.values()} == {"measured", "partly measured"}
 
 
@@ -213,6 +243,48 @@ def test_corrupt_metrics_are_named(runs):
     with pytest.raises(ValueError, match="aft4/metrics.json is not valid JSON"): report_json(["tiny/quick-seed0"])
 
 
+def test_legrad_stands_beside_the_paper():
+    report = report_json([complete()])
+    t8 = comparison(report, "legrad.table8").query("relu and all_layers")
+    assert [*zip(t8["model"], t8["source"], t8["positive"].str[:4])] == [
+        ("ViT-L-14", "paper", "15.2"), ("ViT-L-14", "measured, tiny", "15.2"), ("ViT-H-14", "paper", "18.3")]
+    t11 = comparison(report, "legrad.table11").query("method == 'chefer_lrp'")
+    assert [*t11["ts"]] == ["95.0", "95.0 [93.0, 97.0]"]
+    text, reason = sections(report), {c["id"]: c["reason"] for c in report["coverage"]}
+    assert "on siglip" in text["LeGrad Table 7"] and "n = 96" in text["LeGrad Table 7"] and "rule: made up" in text["LeGrad Table 11"]
+    assert "8 of 16 published cells" in reason["legrad.table8"] and "ViT-H-14" in reason["legrad.table8"]
+    assert reason["legrad.fig16"] == "layer_gradients: clip, siglip in the place of ViT-L-14@openai"
+
+
+def test_dual_over_seeds_from_the_file_alone(runs):
+    report = json.loads(json.dumps(report_json([complete(f"tiny/quick-seed{i}") for i in range(2)])))
+    shutil.rmtree(runs)
+    rows = dual_table(report).set_index("model")
+    assert [*rows.index] == ["aft4", "aft8", "dual1", "dual4", "dual16", "dual64", "aft4_pgd10", "aft4_long", "dual4_long"]
+    assert rows.loc["dual64", ["clean", "robust 2/255", "PG-energy, gradcam", "price"]].tolist() == [
+        "20.0 [20.0, 20.0]", "50.0 [50.0, 50.0]", "30.0 [30.0, 30.0]", "1.0 [1.0, 1.0]"]
+    assert len(plot_dual(report).axes) == 2 and "dual16" in sections(report)["Dual AFT"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_subset_of_runs_makes_a_report(runs, seed):
+    studies, draw = [complete(f"tiny/quick-seed{i}") for i in range(2)], random.Random(seed)
+    gone = {s: sorted(n for n in graph("tiny") if n != "report" and draw.random() < .5) for s in studies}
+    for s in studies:
+        for name in gone[s]: shutil.rmtree(runs/s/name)
+    report = report_json(studies)
+    assert {s: sorted(names) for s, names in report["missing"].items()} == gone
+    text = texts(json.loads(json.dumps(report, allow_nan=False)))
+    assert not {"nan", "None"} & {*text.replace("|", " ").split()} and all(f"missing in {s}" in text for s in studies)
+
+
+def test_a_file_without_newer_keys_still_shows():
+    report = report_json([complete()])
+    for key in ("dual", *(id for id in report["tables"] if id.startswith("legrad"))): report.pop(key, None) or report["tables"].pop(key)
+    text = sections(report)
+    assert "Dual AFT" not in text and "LeGrad Table 6" not in text and "[Re] Table 1" in text
+
+
 # Undefined values and seeds
 
 @pytest.mark.parametrize("undefined", [math.nan, None])
@@ -276,6 +348,11 @@ FLIPS = {
     "epg_energy_grows": dict(maps={"epg0.2/simple_gradient/energy_pointing": .49}),
     "epg_from_clip": dict(name="epg_from_clip", clean=.41),
     "epg_guarded": dict(name="epg_from_clip_guarded", epg=.80),
+    "legrad_first_table9": dict(legrad={"9/chefer/negative_target": 57}),
+    "legrad_points_table7": dict(legrad={"7/gradcam/p_miou": 26}),
+    "legrad_random": dict(legrad={"7/random/positive_target": 17}),
+    "legrad_layers": dict(legrad={"8/legrad:one_layer/positive_target": 15}),
+    "legrad_slope": dict(legrad={"10/legrad:slope0.5/negative_target": 52}),
 }
 
 
@@ -286,6 +363,7 @@ def test_one_number_flips_one_verdict(id):
     assert before[id] == "holds"
     if "maps" in change: localise(study, **change["maps"])
     elif "accuracy" in change: accuracy(study, **change["accuracy"])
+    elif "legrad" in change: legrad(study, **change["legrad"])
     else: train(study, **change)
     assert {k: v for k, v in verdicts(study).items() if v != before[k]} == {id: "fails"}
 
@@ -325,10 +403,10 @@ def test_protocols_are_judged_apart():
 
 def test_a_run_without_rows_measures_nothing(runs):
     study = complete()
-    for name in ("retrieval", "clip_dissect"): finish_run(start_run(study, name, name, {}), {})
+    for name in ("retrieval", "clip_dissect", "funnybirds"): finish_run(start_run(study, name, name, {}), {})
     shutil.rmtree(runs/study/"legrad_open_vocabulary")
     known = status(report_json([study]))
-    assert known["re.table5"] == known["re.table2"] == "not measured"
+    assert known["re.table5"] == known["re.table2"] == known["legrad.table11"] == "not measured"
     assert known["legrad.table9"] == "measured" and known["legrad.table6"] == "partly measured"
 
 

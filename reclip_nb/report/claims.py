@@ -130,18 +130,21 @@ def _roar(frame: pd.DataFrame) -> list[Finding]:
 
 
 def _concepts(frame: pd.DataFrame) -> list[Finding]:
-    "Claim 2: clip < aft1 < aft4 in every similarity and in the number of detectors."
-    found = by_study(frame, "clip_dissect", "own concepts")
+    "Claim 2: clip < aft1 < aft4 in every similarity, in the number of detectors, and in what the units' own axes add to it."
+    found, units = by_study(frame, "clip_dissect", "own concepts"), by_study(frame, "network_dissection", "after")
+    above = lambda method, metric, model: units("detectors", metric, model)-units("rotated", metric, model)
     steps = lambda value, method, metrics: pd.DataFrame({f"{k} {a} → {b}": value(method, k, b)-value(method, k, a)
         for k in metrics for a, b in pairwise(("clip", "aft1", "aft4"))}, dtype=float).dropna()
-    rule, raw = "each step from CLIP to AFT1 to AFT4 > 0 on the mean of the seeds", dict(unit=1)
+    rule, raw, runs = "each step from CLIP to AFT1 to AFT4 > 0 on the mean of the seeds", dict(unit=1), "network_dissection of clip, aft1 and aft4"
     words = {"soft_wpmi": "soft-WPMI", "cos": "cosine", "cos_cubed": "cubed cosine", "pearson": "centred cosine (not in the paper)"}
     return [
         *(judge(f"concepts_{k}", "claim2", f"AFT raises mean and median {name} of neurons and concepts", rule,
                 steps(found, k, ("mean", "median")), 0, "clip_dissect of clip, aft1 and aft4", **raw) for k, name in words.items()),
-        judge("detectors", "claim2", "AFT raises the number of concept detectors", rule,
-              steps(by_study(frame, "network_dissection", "after"), "detectors", ("detectors",)), 0,
-              "network_dissection of clip, aft1 and aft4", **raw)]
+        judge("detectors", "claim2", "AFT raises the number of concept detectors", rule, steps(units, "detectors", ("detectors",)), 0, runs, **raw),
+        judge("detectors_rotated", "claim2", "AFT raises the number of detectors above that of a rotated basis (control, not in the paper)", rule,
+              steps(above, "", ("detectors",)), 0, runs, **raw),
+        judge("detectors_null", "claim2", "detectors − detectors in a rotated basis, of each model", "reported, no rule",
+              pd.DataFrame({m: above("", "detectors", m) for m in ("clip", "aft1", "aft4")}, dtype=float).dropna(), None, runs, **raw)]
 
 
 def _elsewhere(frame: pd.DataFrame, protocol: str, *metrics: str, each: bool) -> pd.DataFrame:
@@ -243,7 +246,12 @@ def _dual(frame: pd.DataFrame) -> list[Finding]:
     "Fine-tuning by a gradient penalty against fine-tuning by attack: equal updates, and equal price."
     value, runs = by_study(frame, "dual_aft", "probe and maps"), "dual_aft"
     gain = lambda model, over, *metrics: gains(value, "simple_gradient", metrics, model, over).rename(columns=dict(energy="PG-energy"))
-    each = "each gain > 0 on the mean of the seeds"
+    each, maps = "each gain > 0 on the mean of the seeds", by_study(frame, "dual_aft", "maps")
+    curve = ("dual1", "dual4", "dual16", "dual64")
+    steps = pd.concat([gain(b, a, *k).mul(sign).rename(columns=LABELS).add_suffix(f" {a[4:]} → {b[4:]}"+", less"*(sign < 0)) for a, b in pairwise(curve)
+                       for sign, k in ((1, ("robust_2", "energy")), (-1, ("clean",)))], axis=1).dropna()
+    rows = frame[frame["experiment"].eq("dual_aft") & frame["protocol"].eq("maps")]
+    elsewhere = pd.DataFrame({m: maps(m, "PG-energy", "dual16")-maps(m, "PG-energy", "aft4") for m in rows["method"].unique()}, dtype=float).dropna()
     return [
         judge("dual_clean", "dual", "weight 4 keeps more clean accuracy than AFT4 of as many updates", each, gain("dual4", "aft4", "clean"), 0, runs),
         judge("dual_energy", "dual", "weight 16 reaches AFT4's PG-energy, weight 16 − AFT4", "reported, no rule",
@@ -251,7 +259,11 @@ def _dual(frame: pd.DataFrame) -> list[Finding]:
         judge("dual_price", "dual", "at the price of ten attack steps or less, the penalty gives more clean and robust accuracy and a better map", each,
               gain("dual4_long", "aft4_pgd10", "clean", "robust_2", "energy"), 0, runs),
         judge("dual_long", "dual", "it also beats two attack steps of as many updates, at about the same price", each,
-              gain("dual4_long", "aft4_long", "clean", "robust_2", "energy"), 0, runs)]
+              gain("dual4_long", "aft4_long", "clean", "robust_2", "energy"), 0, runs),
+        judge("dual_curve", "dual", "more weight buys robustness and a better map, and costs accuracy, at every step from 1 to 4 to 16 to 64", each, steps, 0, runs),
+        judge("dual_strong", "dual", "weight 64 against PGD at ε = 8/255, weight 64 − AFT8", "reported, no rule",
+              gain("dual64", "aft8", "clean", "robust_2", "energy"), None, runs),
+        judge("dual_maps", "dual", "PG-energy of every explainer, weight 16 − AFT4", "reported, no rule", elsewhere, None, runs)]
 
 # %% ../../nbs/api/07_report_claims.ipynb #1989ffa6
 def findings(

@@ -82,9 +82,10 @@ def _network_dissection(run: Run) -> list[dict]:
     "Detector counts, and their share of the neurons; chance is the count under a rotated basis."
     rows = [r | dict(protocol=r["order"], method="detectors", metric=r["statistic"], mean=r["value"], chance=r["null"],
                      interval="bootstrap") for r in run.metrics.get("table", [])]
-    share = [r | {k: 100*r[k]/r["n"] for k in ("mean", "low", "high", "chance")} | dict(metric="percent_of_neurons")
-             for r in rows if r["metric"] == "detectors"]
-    return rows+share
+    counts = [r for r in rows if r["metric"] == "detectors"]
+    share = [r | {k: 100*r[k]/r["n"] for k in ("mean", "low", "high", "chance")} | dict(metric="percent_of_neurons") for r in counts]
+    rotated = [{k: r[k] for k in ("protocol", "model", "metric", "n")} | dict(method="rotated", mean=r["null"]) for r in counts]
+    return rows+share+rotated
 
 
 def _tidy(run: Run, **names) -> list[dict]:
@@ -92,13 +93,39 @@ def _tidy(run: Run, **names) -> list[dict]:
     return [r | {k: make(r) for k, make in names.items()} for r in run.metrics.get("table", [])]
 
 
+def _perturbation(run: Run) -> list[dict]:
+    "Areas in points as fractions; `protocol` is the table, for the tables share rows."
+    ends = lambda r: {k: None if r[k] is None else r[k]/100 for k in ("mean", "low", "high")}
+    return [r | ends(r) | dict(protocol=r["table"], interval="normal") for r in run.metrics.get("table", [])]
 
+
+def _layers(run: Run) -> list[dict]:
+    "Share of each block in LeGrad's gradient, from its end (-1: the last), and the share of the classes that it leads."
+    rows, depth = [], {r["model"]: r["blocks"] for r in run.metrics.get("table", [])}
+    for r in run.metrics.get("table", []):
+        if r["class"] == "all": rows.append(r | dict(metric=f"block {r['layer']-r['blocks']-1}"))
+    for r in run.metrics.get("leading", []):
+        counts = [r.get(str(k+1), 0) for k in range(depth[r["model"]])]   # a block that leads nowhere may be left out
+        rows += [dict(model=r["model"], metric=f"led by block {k-len(counts)}", mean=n/sum(counts)) for k, n in enumerate(counts)]
+    return [dict(protocol="classes", method="legrad") | r for r in rows]
+
+
+def _dual(run: Run) -> list[dict]:
+    "Accuracy and Simple Gradient, PG-energy of every explainer, and price; all relative to nothing but the price's AFT4."
+    m = run.metrics
+    maps = [r | dict(protocol="maps") for r in m.get("maps", []) if r["metric"] == "PG-energy"]
+    price = [dict(protocol="price", method="training", metric="price", model=k, mean=v) for k, v in m.get("price", {}).items()]
+    return [*_tidy(run, protocol=lambda r: "probe and maps"), *maps, *price]
+
+# %% ../../nbs/api/07_report_measured.ipynb #fb995576
 READERS = { # experiment -> rows with protocol, method, model, metric, and VALUES
     **dict.fromkeys(TRAINING, _training), "localisation": _localisation, "network_dissection": _network_dissection,
     "clip_dissect": lambda run: _tidy(run, protocol=lambda r: "own concepts"),
     "saliency_gallery": lambda run: _tidy(run, method=lambda r: r["data"]),
     "roar": lambda run: _tidy(run, protocol=lambda r: r["data"], interval=lambda r: "bootstrap"),
-    "dual_aft": lambda run: _tidy(run, protocol=lambda r: "probe and maps"),
+    "dual_aft": _dual, "legrad_perturbation": _perturbation, "layer_gradients": _layers,
+    "legrad_open_vocabulary": lambda run: _tidy(run, protocol=lambda r: r["table"]),
+    "funnybirds": lambda run: _tidy(run, protocol=lambda r: "Co-12"),
     "zero_shot": lambda run: _tidy(run, protocol=lambda r: r["prompts"], method=lambda r: r["data"]),
     "retrieval": lambda run: _tidy(run, protocol=lambda r: str(r["gallery"]), method=lambda r: f"{r['attack']} {r['eps_255']:g}",
                                    interval=lambda r: "wilson")}
@@ -174,6 +201,39 @@ def _table5(f: pd.DataFrame) -> pd.DataFrame:
     return f.assign(eps_255=attack.str[1].astype(float), metric=named).drop(columns="method")
 
 
+def _legrad(f: pd.DataFrame, number: int) -> pd.DataFrame:
+    "Rows of a table of LeGrad from both of its benchmarks, the explained model in `on`."
+    ours = f["experiment"].isin(["legrad_perturbation", "legrad_open_vocabulary"]) & f["protocol"].eq(f"legrad.table{number}")
+    return f[ours].drop(columns=["experiment", "protocol"]).rename(columns=dict(model="on"))
+
+
+def _one_class(rows: pd.DataFrame, other: bool = False) -> pd.DataFrame:
+    "Maps of the target class under the paper's names; those of the predicted one say so, or are left out."
+    names = {f"{k}_{c}": k + ", predicted class"*(c == "predicted") for k in ("negative", "positive") for c in ("target", "predicted")}
+    rows = rows if other else rows[~rows["metric"].str.endswith("_predicted")]
+    return rows.assign(metric=rows["metric"].replace(names))
+
+
+def _table8(f: pd.DataFrame) -> pd.DataFrame:
+    "With and without ReLU and layers; a model that the paper does not have stands beside its first."
+    rows, printed = _one_class(_legrad(f, 8)), [*table("legrad.table8").frame["model"].unique()]
+    model = [s.partition("@")[0] if s.partition("@")[0] in printed else printed[0] for s in rows["on"]]
+    return rows.assign(model=model, relu=~rows["method"].str.contains("no_relu|slope1"),
+                       all_layers=~rows["method"].str.contains("one_layer")).drop(columns="method")
+
+
+def _table10(f: pd.DataFrame) -> pd.DataFrame:
+    "Over the slope of the LeakyReLU."
+    rows = _one_class(_legrad(f, 10))
+    return rows.assign(slope=rows["method"].str.extract(r"slope([\d.]+)")[0].astype(float).fillna(0)).drop(columns="method")
+
+
+def _table11(f: pd.DataFrame) -> pd.DataFrame:
+    "The six properties, without their summaries; the framework's name for Transformer Attribution."
+    rows = _of(f, "funnybirds", "", protocol="Co-12").rename(columns=dict(model="on"))
+    return rows[rows["metric"].isin(table("legrad.table11").metrics)].replace(dict(method=dict(transformer_attribution="chefer_lrp")))
+
+# %% ../../nbs/api/07_report_measured.ipynb #c5223afd
 COMPARED = {
     "re.table1": _table1,
     "re.table2": lambda f: _of(f, "clip_dissect").rename(columns=dict(method="similarity")).query("metric != 'median_lower'"),
@@ -181,14 +241,17 @@ COMPARED = {
     "re.table4": _table4, "re.table5": _table5,
     "re.table6": lambda f: _over_w_s(_of(f, "localisation", r"epg\d", protocol="zero_shot")).rename(columns=dict(method="saliency"))
                            .query("saliency not in @CONTROLS"),
-    "re.table7": lambda f: _over_w_s(_of(f, "network_dissection", r"epg\d", protocol="after", method="detectors"))}
+    "re.table7": lambda f: _over_w_s(_of(f, "network_dissection", r"epg\d", protocol="after", method="detectors")),
+    "legrad.table6": lambda f: _one_class(_legrad(f, 6), other=True),
+    "legrad.table7": lambda f: _legrad(f, 7), "legrad.table8": _table8, "legrad.table9": lambda f: _legrad(f, 9),
+    "legrad.table10": _table10, "legrad.table11": _table11}
 
 # %% ../../nbs/api/07_report_measured.ipynb #4f508f56
 def compare(
-    id: str, # a key of `COMPARED`: "re.table1" ... "re.table7"
+    id: str, # a key of `COMPARED`: "re.table1" ... "re.table7", "legrad.table6" ... "legrad.table11"
     summary: pd.DataFrame, # from `over_seeds`
 ) -> pd.DataFrame: # the table's index, metric, paper, original, then what `over_seeds` gives
-    "A table of [Re] beside what was measured; either side may be missing. Raises ValueError for other tables."
+    "A table of a paper beside what was measured; either side may be missing. Raises ValueError for other tables."
     if id not in COMPARED: raise ValueError(f"no measurement is matched to {id!r}; there are: {', '.join(COMPARED)}")
     published, index = _published(id), [*table(id).index]
     both = pd.concat([published, COMPARED[id](summary)]).groupby([*index, "metric"], sort=False).first().reset_index()
