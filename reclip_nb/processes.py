@@ -201,7 +201,7 @@ def launch(
     if processes == 1: return [fn(*args)]
     where = DefaultLogsSpecs(str(logs), redirects=Std.ALL, tee={0: Std.OUT})
     config = LaunchConfig(1, 1, processes, run_id=time.strftime("%Y%m%d-%H%M%S"), logs_specs=where, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, log_line_prefix_template="")
+                          rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, log_line_prefix_template="process ${rank}: ")
     try:
         with _signals(): found = elastic_launch(config, _member)(device, fn, args)
     except ChildFailedError as e:
