@@ -129,7 +129,7 @@ def share(
 ) -> range:
     "Rows of this process: whole batches, in one piece. Raises ValueError if there are fewer batches than processes."
     batches, r, w = -(-n//batch_size), rank(), world_size()
-    if batches < w: raise ValueError(f"{batches} batches of {batch_size} rows cannot occupy {w} processes; use a smaller batch_size")
+    if batches < w: raise ValueError(f"{batches} batches of {batch_size} rows for {w} processes; use a smaller batch_size")
     return range(r*batches//w*batch_size, min((r+1)*batches//w*batch_size, n))
 
 
@@ -201,7 +201,8 @@ def launch(
     if processes == 1: return [fn(*args)]
     where = DefaultLogsSpecs(str(logs), redirects=Std.ALL, tee={0: Std.OUT})
     config = LaunchConfig(1, 1, processes, run_id=time.strftime("%Y%m%d-%H%M%S"), logs_specs=where, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, log_line_prefix_template="process ${rank}: ")
+                          rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
+                          log_line_prefix_template="process ${rank}: ")
     try:
         with _signals(): found = elastic_launch(config, _member)(device, fn, args)
     except ChildFailedError as e:
