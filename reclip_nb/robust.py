@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PENDING', 'BROKEN', 'STANDS', 'UNDEFINED', 'attack_runs', 'sample_seed', 'check_model', 'scale_of', 'verified',
            'attack_batch', 'State', 'fingerprint', 'clean_logits', 'noise_of', 'attack_all', 'RobustReport',
-           'protocol_card', 'robust_eval', 'robust_table', 'average']
+           'protocol_card', 'robust_eval', 'joined', 'robust_table', 'average']
 
 # %% ../nbs/api/05_robust.ipynb #889f36f1
 import hashlib
@@ -330,6 +330,17 @@ def robust_eval(
                              n_iter=n_iter, compact=compact, grad_dtype=grad_dtype)
             status[e, name] = now
     return RobustReport(y, logits, status, card | dict(cost=state.cost))
+
+# %% ../nbs/api/05_robust.ipynb #200ab059
+def joined(
+    reports: list[RobustReport], # of consecutive images, e.g. of `sharded`
+) -> RobustReport:
+    "The report of all images."
+    y, logits = (torch.cat([getattr(r, k) for r in reports]) for k in ("y", "logits"))
+    status = {k: torch.cat([r.status[k] for r in reports]) for k in reports[0].status}
+    costs = [r.card["cost"] for r in reports]
+    cost = {k: (max if k == "largest_change_255" else sum)(c[k] for c in costs) for k in costs[0]}
+    return RobustReport(y, logits, status, reports[0].card | dict(images=len(y), logits=scale_of(logits, y), cost=cost))
 
 # %% ../nbs/api/05_robust.ipynb #cd2bb196
 def robust_table(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['schedule', 'FitConfig', 'optimizer', 'autocast', 'step_generator', 'save_checkpoint', 'load_checkpoint',
-           'drop_checkpoints', 'Progress', 'energy_meter', 'energy_used', 'backward', 'gradient_norm', 'fit']
+           'drop_checkpoints', 'Progress', 'energy_meter', 'energy_used', 'micro_batches', 'backward', 'gradient_norm',
+           'fit']
 
 # %% ../nbs/api/06_training.ipynb #190e695a
 import contextlib
@@ -19,6 +20,7 @@ from torch import nn
 from .clip import check_pixels
 from .data import step_batches
 from .fast import bf16_on
+from .processes import average, average_gradients, barrier, gather, main_process, rank, world_size
 from .runs import Run, append_rows, atomic, digest, read_rows
 
 # %% ../nbs/api/06_training.ipynb #65400ade
@@ -47,7 +49,7 @@ class FitConfig:
     weight_decay: float = 1e-4 # AdamW, on every tensor as published
     wd_exclude_1d: bool = False # no decay on norms, biases and other vectors
     first_step_peak: bool = False # see `schedule`
-    accumulate: int = 1 # micro-batches per update
+    accumulate: int = 1 # micro-batches per update, over all processes
     precision: str = "auto" # "fp32", "bf16" (autocast), or "auto": bf16 on devices that have it
     seed: int = 0 # data order and all randomness
 
@@ -151,11 +153,12 @@ def energy_meter(
     country: str, # ISO code of the electricity's country, e.g. "NLD"; "" switches the meter off
 ):
     "Track the energy of a block with CodeCarbon. Raises ValueError for an unknown country."
-    if not country:
+    if not country or not main_process():
         yield
         return
     from codecarbon import OfflineEmissionsTracker   # slow to import
-    tracker = OfflineEmissionsTracker(country_iso_code=country, output_dir=str(run.path), tracking_mode="process",
+    mode = "process" if world_size() == 1 else "machine"
+    tracker = OfflineEmissionsTracker(country_iso_code=country, output_dir=str(run.path), tracking_mode=mode,
                                       log_level="critical", allow_multiple_runs=True)
     tracker.start()
     try: yield
@@ -173,6 +176,19 @@ def energy_used(
     return dict(kwh=total("energy_consumed"), **parts, co2e_kg=total("emissions"), hours=total("duration")/3600,
                 hardware=rows[-1]["gpu_model"] or rows[-1]["cpu_model"], country=rows[-1]["country_iso_code"])
 
+# %% ../nbs/api/06_training.ipynb #eb258303
+def micro_batches(
+    cfg: FitConfig, # settings
+    rank: int, # of the process
+    processes: int, # their number
+) -> range:
+    "Numbers of a process's micro-batches. Raises ValueError if the processes cannot have equally many."
+    n, size = cfg.accumulate, cfg.batch_size
+    if n % processes:
+        raise ValueError(f"accumulate={n} micro-batches cannot be shared out to {processes} processes: set accumulate to a multiple "
+                         f"of {processes} that divides batch_size={size}")
+    return range(rank, n, processes)
+
 # %% ../nbs/api/06_training.ipynb #49f74921
 def _to(batch: dict, device) -> dict:
     "Tensors of a batch on the device."
@@ -187,13 +203,14 @@ def _split(batch: dict, parts: int) -> list[dict]:
 
 def backward(
     objective: Callable, # (batch, generator) -> {"loss": scalar, ...}
-    batch: dict, # a batch on the device
+    batch: dict, # this process's micro-batches, on the device
     cfg: FitConfig, # settings
     step: int, # update
 ) -> dict:
     "Accumulate the gradients of a batch; returns the mean of everything the objective reports, detached."
-    parts, total, device = _split(batch, cfg.accumulate), {}, batch["image"].device
-    for m, part in enumerate(parts):
+    own, total, device = micro_batches(cfg, rank(), world_size()), {}, batch["image"].device
+    parts = _split(batch, len(own))
+    for m, part in zip(own, parts):
         with autocast(device, cfg.precision): out = objective(part, step_generator(cfg.seed, step, m, device))
         (out["loss"]/len(parts)).backward()
         for k, v in out.items(): total[k] = total.get(k, 0)+v.detach()/len(parts)
@@ -208,8 +225,9 @@ def gradient_norm(
     "Global gradient norm. Raises FloatingPointError that names the step and the batch if it is not finite."
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).item()
     if norm != norm or norm == float("inf"):
+        images = [i for part in gather(batch.get("id", ["unknown"])) for i in part]
         raise FloatingPointError(f"the gradient of step {step} is not finite; nothing was updated. Images: "
-                                 f"{', '.join(map(str, batch.get('id', ['unknown'])))}. Lower lr or eps, or look at these images.")
+                                 f"{', '.join(map(str, images))}. Lower lr or eps, or look at these images.")
     return norm
 
 # %% ../nbs/api/06_training.ipynb #6ba9167a
@@ -232,28 +250,41 @@ def fit(
     start = _resume(run, key, module, opt)
     progress, clock = Progress(cfg.steps, start), time.time()
     module.train()
-    for step, batch in step_batches(dataset, cfg.batch_size, cfg.seed, start, cfg.steps, workers):
-        lr = schedule(step, cfg.lr, cfg.warmup, cfg.steps, cfg.first_step_peak)
-        for g in opt.param_groups: g["lr"] = lr
+    share = dict(parts=cfg.accumulate, own=micro_batches(cfg, rank(), world_size()))
+    for step, batch in step_batches(dataset, cfg.batch_size, cfg.seed, start, cfg.steps, workers, **share):
+        lr = _set_lr(opt, cfg, step)
         check_pixels(batch["image"])
         batch = _to(batch, device)
         out = backward(objective, batch, cfg, step)
+        average_gradients(module)
         norm = gradient_norm(module, batch, step)
         opt.step(); opt.zero_grad()
         if step % log_every == 0 or step == cfg.steps-1:
             spent, clock = (time.time()-clock), time.time()
-            row = dict(step=step, **{k: v.item() for k, v in out.items()}, lr=lr, grad_norm=norm,
-                       images_s=cfg.batch_size*min(log_every, step-start+1)/spent)
-            append_rows(run, [row]); progress(row)
+            row = _row(step, out, lr=lr, grad_norm=norm, images_s=cfg.batch_size*min(log_every, step-start+1)/spent)
+            if main_process(): append_rows(run, [row])
+            progress(row)
         if checkpoint_every and (step+1) % checkpoint_every == 0: _checkpoint(run, key, module, opt, step+1)
-        if probe and (step == cfg.steps-1 or probe_every and (step+1) % probe_every == 0):
+        if probe and main_process() and (step == cfg.steps-1 or probe_every and (step+1) % probe_every == 0):
             clock += _probe(run, module, probe, step)
-    module.eval()
+    module.eval(); barrier()   # the log is complete
     return read_rows(run)
 
 # %% ../nbs/api/06_training.ipynb #ef7723e1
+def _set_lr(opt, cfg, step) -> float:
+    lr = schedule(step, cfg.lr, cfg.warmup, cfg.steps, cfg.first_step_peak)
+    for g in opt.param_groups: g["lr"] = lr
+    return lr
+
+
+def _row(step, out, **more) -> dict:
+    "A row of the log, the same in every process."
+    average([*out.values()])
+    return dict(step=step, **{k: v.item() for k, v in out.items()}, **more)
+
+
 def _checkpoint(run, key, module, opt, step):
-    save_checkpoint(run, dict(key=key, step=step, model=module.state_dict(), optimizer=opt.state_dict()))
+    if main_process(): save_checkpoint(run, dict(key=key, step=step, model=module.state_dict(), optimizer=opt.state_dict()))
 
 
 def _resume(run, key, module, opt) -> int:
@@ -264,6 +295,8 @@ def _resume(run, key, module, opt) -> int:
         opt.load_state_dict(state["optimizer"])
         print(f"resuming {run.path.name} at step {state['step']}")
     start = state["step"] if state else 0
+    barrier()   # every process has read the checkpoint
+    if not main_process(): return start
     for name in ("log.jsonl", "probes.jsonl"):
         rows = read_rows(run, name, before=start)
         with contextlib.suppress(FileNotFoundError): (run/name).unlink()
