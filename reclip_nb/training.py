@@ -10,6 +10,7 @@ __all__ = ['schedule', 'FitConfig', 'optimizer', 'autocast', 'step_generator', '
 # %% ../nbs/api/06_training.ipynb #190e695a
 import contextlib
 import csv
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .clip import check_pixels
+from .clip import check_pixels, read_state
 from .data import step_batches
 from .fast import bf16_on
 from .processes import average, average_gradients, barrier, gather, main_process, rank, world_size
@@ -110,14 +111,15 @@ def load_checkpoint(
     say: Callable = print, # receives a line about every file that is not used
 ) -> dict | None:
     "The newest readable checkpoint made with the same settings, or None."
-    for name in ("checkpoint.new.pt", "checkpoint.pt", "checkpoint.prev.pt"):
-        if not (run/name).exists(): continue
-        try: state = torch.load(run/name, map_location="cpu", weights_only=True)
-        except Exception as e:
-            say(f"{run.path.name}/{name} is damaged ({type(e).__name__}); falling back to the one before")
+    found = [n for n in ("checkpoint.new.pt", "checkpoint.pt", "checkpoint.prev.pt") if (run/n).exists()]
+    for name in found:
+        try: state, _ = read_state(run/name)   # compares check sums, which torch.load does not
+        except ValueError as e:
+            say(f"{run.path.name}/{name} is damaged and not used ({type(e.__cause__ or e).__name__})")
             continue
-        if state["key"] == key: return state
+        if state.get("key") == key: return state
         say(f"{run.path.name}/{name} was made with other settings and is not used")
+    if found: say(f"no checkpoint can be used: {run.path.name} starts over")
     return None
 
 
@@ -264,9 +266,9 @@ def fit(
             row = _row(step, out, lr=lr, grad_norm=norm, images_s=cfg.batch_size*min(log_every, step-start+1)/spent)
             if main_process(): append_rows(run, [row])
             progress(row)
-        if checkpoint_every and (step+1) % checkpoint_every == 0: _checkpoint(run, key, module, opt, step+1)
         if probe and main_process() and (step == cfg.steps-1 or probe_every and (step+1) % probe_every == 0):
             clock += _probe(run, module, probe, step)
+        if checkpoint_every and (step+1) % checkpoint_every == 0: _checkpoint(run, key, module, opt, step+1)
     module.eval(); barrier()   # the log is complete
     return read_rows(run)
 
@@ -299,8 +301,7 @@ def _resume(run, key, module, opt) -> int:
     if not main_process(): return start
     for name in ("log.jsonl", "probes.jsonl"):
         rows = read_rows(run, name, before=start)
-        with contextlib.suppress(FileNotFoundError): (run/name).unlink()
-        append_rows(run, rows, name)
+        with atomic(run/name) as tmp: tmp.write_text("".join(json.dumps(r)+"\n" for r in rows))
     return start
 
 

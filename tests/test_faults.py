@@ -217,8 +217,6 @@ def flip(file):
 DAMAGE = {"truncated": lambda f: f.write_bytes(f.read_bytes()[:5000]), "empty": lambda f: f.write_bytes(b""),
           "flipped": flip, "evil": lambda f: torch.save(Evil(), f), "foreign": lambda f: torch.save({"a": 1}, f),
           "tensor": lambda f: torch.save(torch.zeros(3), f), "text": lambda f: f.write_text("<html>404</html>")}
-BY_TRAINING = pytest.mark.xfail(strict=True, reason="training.load_checkpoint: wants read_state, and state.get")
-damages = pytest.mark.parametrize("how", [pytest.param(k, marks=BY_TRAINING if k in ("flipped", "foreign", "tensor") else ()) for k in DAMAGE])
 
 
 def stopped(scenes, run, at=5):
@@ -228,7 +226,7 @@ def stopped(scenes, run, at=5):
     assert (run/"checkpoint.pt").exists() and (run/"checkpoint.prev.pt").exists()
 
 
-@damages
+@pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_checkpoint_falls_back(runs, scenes, unbroken, monkeypatch, capsys, how):
     monkeypatch.chdir(runs)
     run = start_run("f", "run", "t", {})
@@ -239,7 +237,6 @@ def test_damaged_checkpoint_falls_back(runs, scenes, unbroken, monkeypatch, caps
     assert re.search("run/checkpoint.pt (is damaged|was made with other settings)", out) and "resuming run at step 2" in out and not (runs/"pwned").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="training.load_checkpoint: says 'falling back' and starts over in silence")
 def test_both_checkpoints_damaged(runs, scenes, unbroken, capsys):
     run = start_run("f", "run", "t", {})
     stopped(scenes, run)
@@ -263,7 +260,6 @@ def test_nan_loss(runs, scenes, unbroken):
     assert equal(train(scenes, run), unbroken), "the checkpoint before it is intact"
 
 
-@pytest.mark.xfail(strict=True, reason="training.fit: the last checkpoint comes before the last probe, which is then never made")
 def test_stopped_in_the_last_probe(runs, scenes):
     run, student = start_run("f", "run", "t", {}), load_clip("tiny-smoke", seed=0)
     aft = AFT(student, frozen(student), Attack(steps=1))
