@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['patch_product', 'quick_gelu', 'bf16_on', 'lean_block', 'lean_encode', 'has_lean_form', 'drops', 'Rounded', 'linked',
-           'Bf16Copy', 'FastClip', 'Live']
+           'lean_encoder', 'Bf16Copy', 'FastClip', 'Live']
 
 # %% ../nbs/api/04_fast.ipynb #f90ae3a9
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -107,6 +108,17 @@ def linked(
         new._parameters.update({k: Rounded.apply(p, low._parameters[k]) for k, p in own._parameters.items() if p is not None})
     return twin
 
+# %% ../nbs/api/04_fast.ipynb #997759bd
+def lean_encoder(
+    twin: nn.Module, # a shadow of an image tower that has a lean form, which it takes over
+) -> Callable[[Tensor], Tensor]: # the tower's own input (B,3,H,W) -> embeddings (B,D), not normalised
+    "`lean_encode` of a tower; recomputed in the backward pass where the tower asks for it and its weights want gradients."
+    tower = tower_over(twin)
+    blocks = [lean_block(tower, l) for l in range(tower.n_layers)]
+    asked = any(getattr(m, "grad_checkpointing", False) for m in twin.modules())
+    recompute = asked and any(p.requires_grad for p in twin.parameters())
+    return lambda x: lean_encode(tower, blocks, x, recompute)
+
 # %% ../nbs/api/04_fast.ipynb #30dc7b77
 class Bf16Copy:
     "A bfloat16 copy of a tower that has a lean form."
@@ -115,13 +127,9 @@ class Bf16Copy:
         compiled: bool = False, # with `torch.compile`
     ):
         self.visual = visual = getattr(visual, "_orig_mod", visual)    # inside torch.compile
-        self.copy, self.drops = shadow(visual).to(torch.bfloat16), drops(visual)
-        encode = self.encoder(as_tower(self.copy))
+        self.copy = shadow(visual).to(torch.bfloat16)
+        encode = lean_encoder(shadow(self.copy))
         self.encode = torch.compile(encode) if compiled else encode
-
-    def encoder(self, tower, recompute=False):
-        blocks = [lean_block(tower, l) for l in range(tower.n_layers)]
-        return lambda x: lean_encode(tower, blocks, x, recompute)
 
     @torch.no_grad()
     def refresh(self):
@@ -133,10 +141,8 @@ class Bf16Copy:
         with torch.autocast(x.device.type, enabled=False): return self.encode(x.bfloat16())
 
     def live(self, x: Tensor) -> Tensor:
-        "The same, with gradients for the weights of the tower; recomputed where the tower asks for it."
-        recompute = any(getattr(m, "grad_checkpointing", False) for m in self.visual.modules())
-        with torch.autocast(x.device.type, enabled=False):
-            return self.encoder(tower_over(linked(self.visual, self.copy)), recompute)(x.bfloat16())
+        "The same, with gradients for the weights of the tower."
+        with torch.autocast(x.device.type, enabled=False): return lean_encoder(linked(self.visual, self.copy))(x.bfloat16())
 
 # %% ../nbs/api/04_fast.ipynb #f4e8a3b8
 class FastClip:
@@ -180,7 +186,8 @@ class Live:
         normalize: bool = True, # unit vectors
     ) -> Tensor:
         "As `Clip.encode_image` in training mode, (B,D)."
-        fast, clip = self.fast, self.fast.clip
-        if not isinstance(fast.run, Bf16Copy) or fast.run.drops: return clip.encode_image(x, normalize)
-        e = fast.run.live(clip.normalize(x))
+        run, clip = self.fast.run, self.fast.clip
+        if not has_lean_form(clip.visual) or drops(clip.visual): return clip.encode_image(x, normalize)
+        live = run.live if isinstance(run, Bf16Copy) else lean_encoder(shadow(clip.visual, live=True))
+        e = live(clip.normalize(x))
         return F.normalize(e, dim=-1) if normalize else e

@@ -81,12 +81,16 @@ def test_last_block_for_the_class_token():
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_without_autocast_live_is_the_model(name):
-    "The update in single precision goes through the model's own forward pass, bit by bit, hooks and training mode included."
-    clip, calls = load_clip(name, seed=0).train(), []
-    clip.visual.register_forward_hook(lambda *a: calls.append(1))
-    x = torch.rand(2, 3, *clip.image_size, generator=torch.Generator().manual_seed(0))
-    live = Live(FastClip(clip).sync())
-    assert torch.equal(live.encode_image(x), load_clip(name, seed=0).train().encode_image(x)) and len(calls) == 1
+    "The update in double precision has the model's embeddings and the model's gradients."
+    own, other = (load_clip(name, seed=0).double().train() for _ in range(2))
+    x = torch.rand(2, 3, *own.image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    e, f = own.encode_image(x), Live(FastClip(other).sync()).encode_image(x)
+    torch.testing.assert_close(f, e)
+    target = torch.randn(e.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for clip, v in ((own, e), (other, f)): (v*target).sum().backward()
+    for p, q in zip(own.visual.parameters(), other.visual.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None: torch.testing.assert_close(q.grad, p.grad)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
