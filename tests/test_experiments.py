@@ -40,8 +40,8 @@ def test_one_notebook_alone_brings_what_it_needs(root, tmp_path):
 @pytest.mark.sample
 def test_real_architecture_on_real_photographs(root, tmp_path):
     "ViT-B/16 at 224 px: AFT, EPG on instance masks, and its maps scored."
-    papermill(root, tmp_path, "train_aft", "-f", "configs/sample/train_aft.yaml", "-p", "steps", 2)
-    papermill(root, tmp_path, "train_epg", "-f", "configs/sample/train_epg.yaml")
+    papermill(root, tmp_path, "train_aft", "-f", "configs/sample/train_aft.yaml", "-p", "steps", 2, "-p", "precision", "bf16")
+    papermill(root, tmp_path, "train_epg", "-f", "configs/sample/train_epg.yaml", "-p", "steps", 1, "-p", "warmup", 0)
     papermill(root, tmp_path, "localisation", "-f", "configs/sample/localisation.yaml", "-p", "limit", 4)
     aft, epg = (metrics(tmp_path, "sample/photos", n) for n in ("aft4", "epg0.6"))
     assert 0 < aft["aft"] < 4 and 0 < epg["epg"] < 1
