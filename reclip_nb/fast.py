@@ -111,12 +111,12 @@ def linked(
 # %% ../nbs/api/04_fast.ipynb #997759bd
 def lean_encoder(
     twin: nn.Module, # a shadow of an image tower that has a lean form, which it takes over
+    live: nn.Module | None = None, # the tower itself, for an update: recomputed in the backward pass if it asks for it
 ) -> Callable[[Tensor], Tensor]: # the tower's own input (B,3,H,W) -> embeddings (B,D), not normalised
-    "`lean_encode` of a tower; recomputed in the backward pass where the tower asks for it and its weights want gradients."
+    "`lean_encode` of a tower."
     tower = tower_over(twin)
     blocks = [lean_block(tower, l) for l in range(tower.n_layers)]
-    asked = any(getattr(m, "grad_checkpointing", False) for m in twin.modules())
-    recompute = asked and any(p.requires_grad for p in twin.parameters())
+    recompute = live is not None and any(getattr(m, "grad_checkpointing", False) for m in live.modules())
     return lambda x: lean_encode(tower, blocks, x, recompute)
 
 # %% ../nbs/api/04_fast.ipynb #30dc7b77
@@ -142,7 +142,8 @@ class Bf16Copy:
 
     def live(self, x: Tensor) -> Tensor:
         "The same, with gradients for the weights of the tower."
-        with torch.autocast(x.device.type, enabled=False): return lean_encoder(linked(self.visual, self.copy))(x.bfloat16())
+        with torch.autocast(x.device.type, enabled=False):
+            return lean_encoder(linked(self.visual, self.copy), self.visual)(x.bfloat16())
 
 # %% ../nbs/api/04_fast.ipynb #f4e8a3b8
 class FastClip:
@@ -188,6 +189,6 @@ class Live:
         "As `Clip.encode_image` in training mode, (B,D)."
         run, clip = self.fast.run, self.fast.clip
         if not has_lean_form(clip.visual) or drops(clip.visual): return clip.encode_image(x, normalize)
-        live = run.live if isinstance(run, Bf16Copy) else lean_encoder(shadow(clip.visual, live=True))
+        live = run.live if isinstance(run, Bf16Copy) else lean_encoder(shadow(clip.visual, live=True), clip.visual)
         e = live(clip.normalize(x))
         return F.normalize(e, dim=-1) if normalize else e
