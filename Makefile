@@ -38,10 +38,10 @@ reproduce: install
 		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) sweeps=$(SWEEPS) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: install
-	$(BIN)/python -m pytest -n $(CORES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 readme: install
 	$(BIN)/python tests/readme.py
