@@ -84,9 +84,10 @@ RIGHT = lambda s: torch.arange(16.).expand(len(s), 16, 16)
 
 
 def test_the_better_map_falls_faster_and_a_killed_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIP_RUNS", str(tmp_path))
     train, val = splits()
     maps = {("edge", "good"): (LEFT(train), LEFT(val)), ("edge", "bad"): (RIGHT(train), RIGHT(val))}
-    run, calls = start_run(str(tmp_path), "roar", "roar", {}), []
+    run, calls = start_run("halves", "roar", "roar", {}), []
     go = lambda seeds=(0, 1): roar_run(run, "halves", train, val, maps, (50,), seeds, (0,), recipe=SHORT)
 
     def killed(*args, **kwargs):
@@ -109,9 +110,10 @@ def test_the_better_map_falls_faster_and_a_killed_run_goes_on(tmp_path, monkeypa
     assert all(table.chance == 1/3) and all(hits_of(r).mean() == r["accuracy"] for r in rows)
 
 
-def test_rows_of_other_maps_or_settings_are_not_taken_over(tmp_path):
+def test_rows_of_other_maps_or_settings_are_not_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIP_RUNS", str(tmp_path))
     train, val = splits(48)
-    run = start_run(str(tmp_path), "roar", "roar", {})
+    run = start_run("halves", "roar", "roar", {})
     one = Retraining(epochs=1, batch_size=8, warmup=0, milestones=())
     go = lambda make, **kw: roar_run(run, "halves", train, val, {("edge", "m"): (make(train), make(val))}, (50,), (0,), (), **(dict(recipe=one) | kw))
     first = {r["key"] for r in go(LEFT)}
