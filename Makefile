@@ -5,8 +5,6 @@ SEEDS ?= 1
 # 1: also the wider comparisons that go beyond the papers
 SWEEPS ?= 0
 CORES ?= 2
-# one run more than cores: a run waits for files and for its kernel while it starts
-JOBS ?= $(shell expr $(CORES) + 1)
 # more arguments for pytest, snakemake or pip: make test ARGS="-k aft"
 ARGS ?=
 PIP_ARGS ?=
@@ -36,7 +34,7 @@ $(BIN)/installed: settings.ini setup.py
 	@touch $@
 
 reproduce: install
-	$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --show-failed-logs --quiet host reason \
+	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs --quiet host reason \
 		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) sweeps=$(SWEEPS) $(ARGS)
 
 test: install
