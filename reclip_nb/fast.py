@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block, shadow
 from .clip import Clip
-from .tower import OpenClipViT, ViT, as_tower, fast_encoder, tower_over
+from .tower import FIRST, OpenClipViT, ViT, as_tower, fast_encoder, tower_over
 
 # %% ../nbs/api/04_fast.ipynb #a5164e2a
 def patch_product(
@@ -66,7 +66,7 @@ def lean_encode(
     product = isinstance(tower, OpenClipViT)
     h = tower.assemble(patch_product(tower.visual.conv1, x)) if product else tower.embed(x)
     for blk in blocks[:-1]: h = checkpoint(blk, h, use_reentrant=False) if recompute else blk(h)
-    return tower.head(blocks[-1](h, slice(0, 1) if tower.class_token else slice(None)))
+    return tower.head(blocks[-1](h, FIRST if tower.class_token else slice(None)))
 
 # %% ../nbs/api/04_fast.ipynb #b5f1bcb5
 def has_lean_form(
@@ -154,11 +154,12 @@ class FastClip:
         fixed: bool = False, # its weights never change: a reference
     ):
         self.clip, self.compiled, self.fixed, self.copy, self.run = clip, compiled, fixed, None, None
+        self.lean = has_lean_form(clip.visual)
 
     def sync(self) -> "FastClip":
         "Take over the model's weights as they are now: under autocast into the bfloat16 copy. Call it once per step."
         visual, device = self.clip.visual, self.clip.mean.device.type
-        if not torch.is_autocast_enabled(device) or self.copy is None and not has_lean_form(visual): self.run = fast_encoder(visual)
+        if not torch.is_autocast_enabled(device) or not self.lean: self.run = fast_encoder(visual)
         else:
             fresh = self.copy is None
             if fresh: self.copy = Bf16Copy(visual, self.compiled)
@@ -188,7 +189,7 @@ class Live:
     ) -> Tensor:
         "As `Clip.encode_image` in training mode, (B,D)."
         run, clip = self.fast.run, self.fast.clip
-        if not has_lean_form(clip.visual) or drops(clip.visual): return clip.encode_image(x, normalize)
+        if not self.fast.lean or drops(clip.visual): return clip.encode_image(x, normalize)
         live = run.live if isinstance(run, Bf16Copy) else lean_encoder(shadow(clip.visual, live=True), clip.visual)
         e = live(clip.normalize(x))
         return F.normalize(e, dim=-1) if normalize else e
