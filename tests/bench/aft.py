@@ -17,7 +17,6 @@ import gc
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import time
 from functools import partial
@@ -31,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from machine import machine
 from reclip_nb.aft import AFT, Attack
 from reclip_nb.clip import check_pixels, frozen, load_clip
 from reclip_nb.epg import EPG, epg_loss
@@ -379,14 +379,10 @@ def gpu(name, batch, repeats, peak):
 
 # ---- all of it ----------------------------------------------------------------------------------------------
 
-def machine():
-    "What the numbers depend on; no names of folders."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
+def setting():
+    "What the numbers depend on."
     versions = {n: importlib.metadata.version(n) for n in ("torch", "open_clip_torch")}
-    return dict(cpu=cpu, threads=1, python=platform.python_version(), versions=versions)
+    return dict(**machine(), threads=1, versions=versions)
 
 
 def on_cpu(args):
@@ -403,7 +399,7 @@ def main(args):
     result = dict(what=f"process seconds of a step of adversarial fine-tuning, {STEPS} PGD iterations, {args.model}, random weights, batch "
                        f"{args.batch or 2} on the CPU; MB an image that each pass keeps; peak memory of a large model, calculated")
     if args.model != MODEL: result["what"] += f". A trial: the targets are for {MODEL}"
-    if args.device != "cuda": result |= dict(machine=machine()) | on_cpu(args)
+    if args.device != "cuda": result |= dict(machine=setting()) | on_cpu(args)
     if args.device != "cpu" and torch.cuda.is_available() or "gpu" not in old: result |= gpu(args.model, args.batch or 128, 10, args.peak_tflops)
     if args.json:
         short = json.loads(json.dumps(old | result), parse_float=lambda v: round(float(v), 4))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent.parent/"nbs"/"results"
-SCRIPTS = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "all")
+SCRIPTS = sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("all", "machine"))
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
+from machine import machine
 from reclip_nb.attacks import apgd
 from reclip_nb.clip import load_clip
 from reclip_nb.robust import robust_eval
@@ -138,15 +138,11 @@ def compaction(n_iter):
     return rows
 
 
-def machine():
-    "What the numbers depend on; no names of folders."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
+def setting():
+    "What the numbers depend on."
     versions = {n: importlib.metadata.version(n) for n in ("torch", "open_clip_torch", "torchattacks")
                 if any(importlib.metadata.Distribution.discover(name=n))}
-    return dict(cpu=cpu, threads=1, python=platform.python_version(), versions=versions)
+    return dict(**machine(), threads=1, versions=versions)
 
 
 def main(args):
@@ -156,7 +152,7 @@ def main(args):
     except ImportError: names = print("torchattacks is not installed: our own iterations only") or [*TARGETS]
     rounds = iterations(names, args.repeats)
     result = dict(what=f"process seconds of an APGD iteration, ViT-B/16, batch {BATCH}, 224 px, random weights; forward passes of two stages of {args.n_iter}",
-                  machine=machine(), iteration=ratios(rounds) if "torchattacks" in names else rounds, compaction=compaction(args.n_iter))
+                  machine=setting(), iteration=ratios(rounds) if "torchattacks" in names else rounds, compaction=compaction(args.n_iter))
     if args.json:
         short = json.loads(json.dumps(result), parse_float=lambda v: round(float(v), 4))
         Path(args.json).write_text(json.dumps(short, indent=1)+"\n")

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.nn.functional as F
+
+from machine import machine
 
 METRICS = ("soft_wpmi", "wpmi", "cos", "cos_cubed", "pearson")
 NEURONS, WIDTH = 768, 512                   # of ViT-B/16
@@ -144,13 +145,9 @@ def alone(metric, images, concepts):
     return dict(metric=metric, seconds=answer["seconds"], **{f"{k}_mb": answer.get(k) for k in ("extra", "data", "total")})
 
 
-def machine():
-    "What the numbers depend on; no names of folders."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
-    return dict(cpu=cpu, threads=1, python=platform.python_version(), torch=importlib.metadata.version("torch"))
+def setting():
+    "What the numbers depend on."
+    return dict(**machine(), threads=1, torch=importlib.metadata.version("torch"))
 
 
 def main(args):
@@ -164,7 +161,7 @@ def main(args):
         memory = {k: v and round(v) for k, v in found.items() if k.endswith("mb")}
         print(f"{metric:10} {args.full} images: {found['seconds']:.1f} s, memory {memory}", flush=True)
     if args.json:
-        result = dict(what="process seconds of one call, synthetic embeddings and activations", machine=machine(),
+        result = dict(what="process seconds of one call, synthetic embeddings and activations", machine=setting(),
                       images=args.images, concepts=args.concepts, neurons=NEURONS, width=WIDTH, rows=rows,
                       full_images=args.full, full=full)
         short = json.loads(json.dumps(result), parse_float=lambda v: float(f"{float(v):.4g}"))

@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.nn.functional as F
+
+from machine import machine
 
 LAYER = 8                                   # of Grad-CAM, block index from 0
 LINE = "ours {ours:6.2f} s  theirs {theirs:6.2f} s  ratio {ratio:5.1f} (median {ratio_median:5.1f})"
@@ -231,18 +232,14 @@ def extra_memory(python, weights, case, texts):
     return answer.get("peak")
 
 
-def machine(peer):
-    "What the numbers depend on; no names of folders."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
+def setting(peer):
+    "What the numbers depend on."
     names = ("torch", "open_clip_torch", "legrad_torch", "grad-cam")
     found = f"{{n: m.version(n) for n in {names} if any(m.Distribution.discover(name=n))}}"
     ask = [peer, "-c", f"import importlib.metadata as m; print({found})"]
     peers = ast.literal_eval(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
     own = {n: importlib.metadata.version(n) for n in ("torch", "open_clip_torch")}
-    return dict(cpu=cpu, threads=1, python=platform.python_version(), ours=own, peers=peers)
+    return dict(**machine(), threads=1, ours=own, peers=peers)
 
 
 def main(args):
@@ -265,7 +262,7 @@ def main(args):
                   (("legrad_cls", sys.executable), ("legrad_mean", sys.executable), ("legrad_torch", peer))}
     print("extra memory, MB:", {k: v and round(v) for k, v in memory.items()}, f"at {max(args.prompts)} texts")
     if args.json:
-        result = dict(what="process seconds of one call, ViT-B/16, 224 px, random weights", machine=machine(peer),
+        result = dict(what="process seconds of one call, ViT-B/16, 224 px, random weights", machine=setting(peer),
                       texts_of_memory=max(args.prompts), extra_memory_mb=memory, rows=rows)
         short = json.loads(json.dumps(result), parse_float=lambda v: round(float(v), 3))
         Path(args.json).write_text(json.dumps(short, indent=1)+"\n")

@@ -16,7 +16,6 @@ import importlib.metadata
 import io
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -37,6 +36,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from machine import machine
 from reclip_nb.batches import step_batches, step_indices
 from reclip_nb.data import open_dataset
 from reclip_nb.data.tars import shard_index
@@ -175,13 +175,9 @@ def indexing(folder):
     return found/(time.process_time()-start)
 
 
-def machine():
-    "What the numbers depend on; no names of folders."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
-    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), python=platform.python_version(),
+def setting():
+    "What the numbers depend on."
+    return dict(**machine(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 
                 **{n: importlib.metadata.version(n) for n in ("torch", "torchvision", "pillow")})
 
 
@@ -203,7 +199,7 @@ def main(args):
     if args.json:
         what = (f"photographs a second without a model, {SIZE} px, from the page cache; asked for: {TARGET} a second on {CORES} cores; "
                 f"at_16_cores is an extrapolation, {CORES} x images_core_s")
-        result = dict(what=what, machine=machine(), one_thread=ways, loader=rates, shard_index=dict(photographs_s=listed))
+        result = dict(what=what, machine=setting(), one_thread=ways, loader=rates, shard_index=dict(photographs_s=listed))
         short = json.loads(json.dumps(result), parse_float=lambda v: round(float(v), 4))
         Path(args.json).write_text(json.dumps(short, indent=1)+"\n")
 

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.nn.functional as F
+
+from machine import machine
 
 CAPTIONS, WIDTH, KS = 5, 512, (1, 5)
 LARGE, SMALL = 31_783, 1_000      # images: all of Flickr30k, its usual test split
@@ -98,13 +99,9 @@ def compare(repeats):
     return dict(images=SMALL, captions=SMALL*CAPTIONS, rows=rows, recall=first)
 
 
-def machine():
-    "What the numbers depend on; no names of folders."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
-    return dict(cpu=cpu, threads=1, python=platform.python_version(), torch=importlib.metadata.version("torch"))
+def setting():
+    "What the numbers depend on."
+    return dict(**machine(), threads=1, torch=importlib.metadata.version("torch"))
 
 
 def main(args):
@@ -117,7 +114,7 @@ def main(args):
     print(f"{whole['images']} images, {whole['captions']} captions: {whole['seconds']:.0f} s, {memory} above {whole['embeddings_mb']:.0f} MB "
           f"of embeddings; the score matrix would be {whole['scores_mb']:.0f} MB")
     if args.json:
-        result = dict(what="recall at 1 and 5 in both directions, width 512, float32", machine=machine(), large=whole, small=small)
+        result = dict(what="recall at 1 and 5 in both directions, width 512, float32", machine=setting(), large=whole, small=small)
         short = json.loads(json.dumps(result), parse_float=lambda v: round(float(v), 4))
         Path(args.json).write_text(json.dumps(short, indent=1)+"\n")
 

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+from machine import machine
 
 UNITS, GRID, SIZE = 768, 14, 112
 ACTIVE = (.07, .22, .45)          # shares of (image, unit) pairs above the threshold
@@ -123,14 +124,10 @@ def compare(acts, broden, share, repeats):
     return dict(active_pairs=pairs, **{f"{n}_ms": min(t) for n, t in times.items()}, **ratio, runs=repeats)
 
 
-def machine():
-    "What the numbers depend on; no names of folders."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
+def setting():
+    "What the numbers depend on."
     versions = {n: importlib.metadata.version(n) for n in ("numpy", "torch", "pillow")}
-    return dict(cpu=cpu, threads=1, python=platform.python_version(), ours=versions)
+    return dict(**machine(), threads=1, ours=versions)
 
 
 def main(args):
@@ -147,7 +144,7 @@ def main(args):
                   "active units only {active_ms:6.2f} ({ratio_active:.1f}x)".format(**rows[-1]))
     if args.json:
         what = f"process milliseconds an image, mask decoding included; {UNITS} units, {GRID}x{GRID} -> {SIZE}x{SIZE}, six categories"
-        result = dict(what=what, machine=machine(), images=args.images, decoding_ms=1000*decode/args.images, rows=rows)
+        result = dict(what=what, machine=setting(), images=args.images, decoding_ms=1000*decode/args.images, rows=rows)
         short = json.loads(json.dumps(result), parse_float=lambda v: round(float(v), 3))
         Path(args.json).write_text(json.dumps(short, indent=1)+"\n")
 
