@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patch_product', 'quick_gelu', 'bf16_on', 'lean_block', 'lean_encode', 'has_lean_form', 'drops', 'Rounded', 'linked',
-           'lean_encoder', 'Bf16Copy', 'FastClip', 'Live']
+           'lean_encoder', 'Bf16Copy', 'FastClip', 'LiveTower', 'Live']
 
 # %% ../nbs/api/04_fast.ipynb #f90ae3a9
 from collections.abc import Callable
@@ -175,13 +175,25 @@ class FastClip:
         e = self.run(self.clip.normalize(x))
         return F.normalize(e, dim=-1) if normalize else e
 
+# %% ../nbs/api/04_fast.ipynb #8c04f498
+class LiveTower:
+    "An image tower for updates in its own precision: lean, recomputed in the backward pass if it asks for it."
+    def __init__(self,
+        visual: nn.Module, # the tower
+    ):
+        self.visual, self.lean = visual, has_lean_form(visual) and not drops(visual)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        "The tower's own input (B,3,H,W) -> what it returns in training mode; where `lean`, a timm network's (B,D) before its head."
+        return (lean_encoder(shadow(self.visual, live=True), self.visual) if self.lean else self.visual)(x)
+
 # %% ../nbs/api/04_fast.ipynb #c8f56748
 class Live:
-    "A model's image encoder for the update, after `sync` of its `FastClip`."
+    "A model's image encoder for the update, in bfloat16 where its `FastClip` is."
     def __init__(self,
         fast: FastClip, # it and its model
     ):
-        self.fast = fast
+        self.fast, self.tower = fast, LiveTower(fast.clip.visual)
 
     def encode_image(self,
         x: Tensor, # images in [0,1], (B,3,H,W)
@@ -189,7 +201,6 @@ class Live:
     ) -> Tensor:
         "As `Clip.encode_image` in training mode, (B,D)."
         run, clip = self.fast.run, self.fast.clip
-        if not self.fast.lean or drops(clip.visual): return clip.encode_image(x, normalize)
-        live = run.live if isinstance(run, Bf16Copy) else lean_encoder(shadow(clip.visual, live=True), clip.visual)
-        e = live(clip.normalize(x))
+        if not self.tower.lean: return clip.encode_image(x, normalize)
+        e = (run.live if isinstance(run, Bf16Copy) else self.tower)(clip.normalize(x))
         return F.normalize(e, dim=-1) if normalize else e

@@ -21,6 +21,7 @@ from .attacks import auto_pgd, pgd
 from .attacks.auto import surface_noise
 from .clip import Clip
 from .data import batches, caption_pairs
+from .fast import FastClip
 from .metrics import wilson
 from .shapes import OPENINGS, Shape, ShapesDataset
 
@@ -264,13 +265,14 @@ def gallery_batches(
 def gallery_embeddings(
     clips: dict[str, Clip], # models by name
     images: Iterable[tuple[torch.Tensor, torch.Tensor]], # of `gallery_batches`
-    attacks: dict[tuple, Callable], # name -> (clip, images, places) -> images
+    attacks: dict[tuple, Callable], # name -> (encoder, images, places) -> images
 ) -> tuple[torch.Tensor, dict[tuple, torch.Tensor]]:
     "Places (p,) of the images that could be read, and (model, *attack) -> their unit embeddings (p,D), on the CPU."
     places, found = [], {}
+    quick = {name: FastClip(clip, fixed=True).sync() for name, clip in clips.items()}
     for x, own in images:
         places.append(own.cpu())
-        for (model, clip), (name, attack) in itertools.product(clips.items(), attacks.items()):
+        for (model, clip), (name, attack) in itertools.product(quick.items(), attacks.items()):
             with torch.no_grad(): e = clip.encode_image(attack(clip, x, own))
             found.setdefault((model, *name), []).append(e.cpu())
     return torch.cat(places), {key: torch.cat(parts) for key, parts in found.items()}
