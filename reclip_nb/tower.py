@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'MODULE_EXTRAS', 'OTHER_EXTRAS', 'TIMM_TYPES', 'TIMM_EXTRAS', 'READOUTS', 'FIRST', 'unlike_plain',
            'unlike_timm', 'odd_norms', 'refuse', 'block_view', 'timm_view', 'coca_pooler', 'pooled_from', 'timm_pooler',
-           'Tower', 'ViT', 'OpenClipViT', 'open_clip_readout', 'batch_first', 'patch_grid', 'set_posemb', 'TimmViT',
-           'timm_readout', 'timm_projection', 'set_timm_size', 'resnet_grid', 'ResNet', 'tower_kind', 'tower_over',
-           'as_tower', 'fast_encoder']
+           'Tower', 'ViT', 'OpenClipViT', 'open_clip_readout', 'batch_first', 'patch_product', 'patch_grid',
+           'set_posemb', 'TimmViT', 'timm_readout', 'timm_projection', 'set_timm_size', 'resnet_grid', 'ResNet',
+           'tower_kind', 'tower_over', 'as_tower', 'fast_encoder']
 
 # %% ../nbs/api/03_tower.ipynb #c0a5bfbd
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.layers import Mlp as TimmMlp
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block, Mlp, Pooler, Readout, resample_posemb, shadow
 
@@ -222,19 +223,24 @@ class ViT(Tower):
         if heads is None and (not self.class_token or not self.plain(-1)): return super().last(h)
         return self.view(-1)(h, FIRST if self.class_token else slice(None), heads)
 
+    def steps(self, **changes) -> list[Callable]:
+        "Every block as plain matrix products, with `changes` of its `Block`; by its own forward pass where it is not plain."
+        own = lambda l: lambda h, rows: self.block(h, l)
+        return [replace(self.view(l), **changes) if self.plain(l) else own(l) for l in range(self.n_layers)]
+
+    def through(self, x: Tensor, steps: list[Callable], recompute: bool = False) -> Tensor:
+        "Embedding by `steps`, the last for the rows the read-out uses; `recompute`: keep the inputs of the others only."
+        h, rows = self.embed(x), slice(None)
+        for step in steps[:-1]: h = checkpoint(step, h, rows, use_reentrant=False) if recompute else step(h, rows)
+        return self.head(steps[-1](h, FIRST if self.class_token else rows))
+
     def fast(self, x: Tensor) -> Tensor:
-        "Blocks as plain matrix products on batch-first tokens, the last one for what the read-out uses."
-        h = self.embed(x)
-        for l in range(self.n_layers-1): h = self.view(l)(h) if self.plain(l) else self.block(h, l)
-        return self.head(self.last(h))
+        "As `encode`, on batch-first tokens whatever the tower's own layout."
+        return self.through(x, self.steps())
 
     def encode_twice(self, x: Tensor) -> Tensor:
         "As `encode`, with every softmax in the graph; torch's math kernel would keep single-precision copies of bfloat16."
-        h, final = self.embed(x), self.n_layers-1
-        for l in range(self.n_layers):
-            rows = FIRST if l == final and self.class_token else slice(None)
-            h = replace(self.view(l), explicit=True)(h, rows) if self.plain(l) else self.block(h, l)
-        return self.head(h)
+        return self.through(x, self.steps(explicit=True))
 
     def tokens(self, h: Tensor) -> Tensor: return h
     def shape(self, h: Tensor) -> tuple[int, int]: return self.grid
@@ -260,11 +266,7 @@ class OpenClipViT(ViT):
 
     def embed(self, x: Tensor) -> Tensor:
         "Patches, class token, positions: (B, 3, H, W) -> (B, N, d)."
-        return self.assemble(self.visual.conv1(x).flatten(2).transpose(1, 2))
-
-    def assemble(self, h: Tensor) -> Tensor:
-        "Class token and positions to embedded patches (B, gh*gw, d)."
-        v = self.visual
+        v, h = self.visual, patch_product(self.visual.conv1, x)
         cls = v.class_embedding.to(h.dtype).expand(len(h), 1, -1)
         return v.ln_pre(torch.cat([cls, h], 1)+v.positional_embedding.to(h.dtype))
 
@@ -299,6 +301,15 @@ def batch_first(
     return getattr(_get(transformer.resblocks[0], "attn"), "batch_first", True) if flag is None else flag
 
 # %% ../nbs/api/03_tower.ipynb #4df80406
+def patch_product(
+    conv: nn.Conv2d,  # patch embedding: stride = kernel, no padding
+    x: Tensor,        # images (B, 3, H, W) that the patches tile
+) -> Tensor:          # (B, gh*gw, d)
+    "The patch embedding as one matrix product."
+    (p, q), (b, c, h, w) = conv.kernel_size, x.shape
+    cells = x.view(b, c, h//p, p, w//q, q).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c*p*q)
+    return F.linear(cells, conv.weight.flatten(1), conv.bias)
+
 def patch_grid(
     size: tuple[int, int],   # image (H, W)
     patch: tuple[int, int],  # patch (height, width)

@@ -12,7 +12,7 @@ from reclip_nb.aft import AFT, Attack
 from reclip_nb.attacks import pgd
 from reclip_nb.clip import frozen, load_clip
 from reclip_nb.epg import epg_loss
-from reclip_nb.fast import Bf16Copy, FastClip, Live, drops, has_lean_form, lean_block, lean_encode
+from reclip_nb.fast import Bf16Copy, FastClip, Live, drops, has_lean_form, lean_steps
 from reclip_nb.shapes import WORLDS, ShapesDataset
 from reclip_nb.tower import as_tower, fast_encoder
 from reclip_nb.training import FitConfig, autocast, backward, optimizer
@@ -63,7 +63,7 @@ def test_encoders_are_the_model(name, lean):
     x = torch.rand(2, 3, *clip.image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     tower = as_tower(clip.visual)
     fast = fast_encoder(clip)
-    if lean: fast = lambda v: lean_encode(tower, [lean_block(tower, l) for l in range(tower.n_layers)], v)
+    if lean: fast = lambda v: tower.through(v, lean_steps(tower))
     got, want = fast(clip.normalize(x)), clip.encode_image(x, normalize=False)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(e.square().sum(), x)[0] for e in (got, want)))
