@@ -8,12 +8,12 @@ __all__ = ['FORMS', 'huber', 'dual_penalty', 'embedding_gradients', 'random_dire
 # %% ../nbs/api/05_dual.ipynb #e8b00780
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attacks import draw, gaussian
 from .blocks import full
 from .clip import Clip
 from .explain.base import vjp
+from .fast import LiveTower
 
 # %% ../nbs/api/05_dual.ipynb #3b85fbea
 def huber(
@@ -44,8 +44,8 @@ def embedding_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Unit embeddings f (B,D), and the gradients of v^T f with respect to the images, (B,n,3,H,W)."
     x = x.detach().requires_grad_()
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        e = full(student.encode_image(x))
+    with torch.enable_grad():
+        e = F.normalize(full(LiveTower(student.visual).twice(student.normalize(x))), dim=-1)
         (g,) = vjp((e[:, None]*v).sum(-1), [x], create_graph=create_graph)
     return e, g
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .blocks import Block, shadow
 from .clip import Clip
@@ -150,7 +151,7 @@ class FastClip:
         e = self.run(self.clip.normalize(x))
         return F.normalize(e, dim=-1) if normalize else e
 
-# %% ../nbs/api/04_fast.ipynb #8c04f498
+# %% ../nbs/api/04_fast.ipynb #87d69ec6
 class LiveTower:
     "An image tower for updates in its own precision: lean, recomputed in the backward pass if it asks for it."
     def __init__(self,
@@ -161,6 +162,11 @@ class LiveTower:
     def __call__(self, x: Tensor) -> Tensor:
         "The tower's own input (B,3,H,W) -> what it returns in training mode; where `lean`, a timm network's (B,D) before its head."
         return (lean_encoder(shadow(self.visual, live=True), self.visual) if self.lean else self.visual)(x)
+
+    def twice(self, x: Tensor) -> Tensor:
+        "The same, for gradients that are differentiated again."
+        if self.lean: return as_tower(self.visual, live=True).encode_twice(x)
+        with sdpa_kernel(SDPBackend.MATH): return self.visual(x)
 
 # %% ../nbs/api/04_fast.ipynb #c8f56748
 class Live:
