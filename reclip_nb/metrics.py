@@ -16,7 +16,6 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/api/02_metrics.ipynb #bcd2364d
@@ -65,12 +64,21 @@ def mask_fraction(
     return m.sum(1).double() / keep.sum(1)
 
 # %% ../nbs/api/02_metrics.ipynb #f92f3b05
+def _spread(found: Tensor, mask: Tensor, k: int, dim: int):
+    "Add `mask`, moved by k pixels either way along `dim`, to `found`."
+    if (n := mask.shape[dim] - k) <= 0: return
+    found.narrow(dim, k, n).logical_or_(mask.narrow(dim, 0, n))
+    found.narrow(dim, 0, n).logical_or_(mask.narrow(dim, k, n))
+
 def _near(mask: Tensor, distance: float) -> Tensor:
     "(N,H,W) pixels with a mask pixel at Euclidean distance < `distance`."
-    r = int(np.ceil(distance)) - 1
-    d = torch.arange(-r, r + 1, device=mask.device)
-    disc = (d[:, None]**2 + d[None]**2 < distance**2).float()
-    return F.conv2d(mask[:, None].float(), disc[None, None], padding=r)[:, 0] > .5
+    d = torch.arange(int(min(np.ceil(distance), max(mask.shape[1:]))))
+    width = (d[:, None]**2 + d**2 < distance**2).sum(1).tolist() # of each row of the disc, from its middle
+    near, row, k = torch.zeros_like(mask), torch.zeros_like(mask), 0
+    for y in reversed(range(len(d))): # from the rim inwards a row only grows
+        while k < width[y]: _spread(row, mask, k, 2); k += 1
+        _spread(near, row, y, 1)
+    return near
 
 # %% ../nbs/api/02_metrics.ipynb #d5ed29ac
 def pointing_game(

@@ -10,8 +10,8 @@ from PIL import Image
 
 from reclip_nb.batches import batches
 from reclip_nb.dissect.broden import BrodenFolder, make_broden
-from reclip_nb.dissect.network import View, mask_quantile, netdissect, sweep, top_quantile
-from reclip_nb.dissect.tally import Tally, tally, upsampled
+from reclip_nb.dissect.network import View, mask_quantile, netdissect, netdissect_all, sweep, top_quantile
+from reclip_nb.dissect.tally import Plan, Tally, tally, upsampled
 from reclip_nb.photos import Unreadable
 
 GOLDEN = Path(__file__).parent/"golden"/"dissection"
@@ -144,6 +144,28 @@ def test_blocks_add_up(golden):
     assert (whole.total.area_mask == Tally.__add__(*halves).area_mask).all()
     frame = whole.summary(repeats=20).set_index("statistic")
     assert frame.value.detectors == whole.detectors() and (frame.low <= frame.value).all() and (frame.value <= frame.high).all()
+
+
+def test_many_plans_in_one_pass(golden, monkeypatch):
+    "Each gives what it gives alone; every image is read once, and every array of activations once an image."
+    class Counting(View):
+        def __getitem__(self, i):
+            if not isinstance(i, slice): read.append(i)
+            return super().__getitem__(i)
+
+    z, root = golden["dyadic"]
+    broden, read, T = BrodenFolder(root), [], z["thresholds"]
+    acts, others = Counting(z["activations"]), View(z["activations"], np.arange(24)[::-1])
+    options = [dict(blocks=5), dict(order="before"), dict(upsample="bicubic", blocks=24)]
+    plans = [Plan(acts, T, **o) for o in options]+[Plan(others, T+1/8)]
+    alone = [netdissect(p.acts, broden, thresholds=p.thresholds, order=p.order, upsample=p.upsample, blocks=p.blocks) for p in plans]
+    read.clear()
+    concepts, seen = broden.concepts, []
+    monkeypatch.setattr(broden, "concepts", lambda i: (seen.append(i), concepts(i))[1])
+    for one, each in zip(alone, netdissect_all(plans, broden), strict=True):
+        for field, sums in vars(one.blocks).items(): np.testing.assert_array_equal(sums, getattr(each.blocks, field))
+    assert seen == read == list(range(24))
+    with pytest.raises(ValueError, match="thresholds must be"): netdissect_all([*plans, Plan(acts, T[1:])], broden)
 
 
 def test_stored_activations(golden, tmp_path):

@@ -164,6 +164,21 @@ def test_tolerance_is_a_strict_distance(rng, tolerance):
         assert hit == (((v - y)**2 + (u - x)**2).sqrt() < tolerance).any()
 
 
+@pytest.mark.parametrize("shape", [(9, 9), (11, 6), (1, 7)])
+@pytest.mark.parametrize("tolerance", [.5, 1, 1.5, 2, 7.5, 15, 1e4])
+def test_hit_zone_equals_a_search_over_all_pixels(rng, shape, tolerance):
+    at = torch.cartesian_prod(*map(torch.arange, shape)).double()
+    spots = torch.eye(len(at)).unflatten(1, shape) # one map for each pixel
+    for share in (0, .03, .3, 1):
+        mask = torch.rand(shape, generator=rng) < share
+        near = (torch.cdist(at, at[mask.flatten()], compute_mode="donot_use_mm_for_euclid_dist") < tolerance).any(1)
+        expected = near.double() if mask.any() else torch.full((len(at),), torch.nan)
+        for ties in ("first", "any", "mean"): same(M.pointing_game(spots, mask.expand_as(spots), tolerance, ties), expected)
+        if mask.any():
+            flat = [M.pointing_game(torch.ones(1, *shape), mask[None], tolerance, ties).item() for ties in ("first", "any", "mean")]
+            same(flat, [near[0], near.any(), near.double().mean()])
+
+
 # corner cases and interfaces
 
 def test_undefined_samples_do_not_touch_their_neighbours(rng):
