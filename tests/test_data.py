@@ -1,4 +1,5 @@
 """Data sets on stand-ins (broken files, odd colours, crowds, empty masks, nothing) and real photographs."""
+import hashlib
 import io
 import json
 import pickle
@@ -14,7 +15,7 @@ from reclip_nb.batches import batches, step_batches
 from reclip_nb.data import IMAGENET_TEMPLATES, ORIGINS, READERS, SPLITS, WNIDS, data_root, imagenet_names, open_dataset
 from reclip_nb.photos import Geometry, Unreadable
 from reclip_nb.prompts import class_prompts
-from reclip_nb.shapes import World
+from reclip_nb.shapes import ShapesDataset, World
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")   # pycocotools under NumPy 2
 quiet = pytest.mark.filterwarnings("ignore:left out")
@@ -251,6 +252,25 @@ def test_one_call_for_embedded_and_real_sets(folder):
     other = open_dataset("shapes", **embedded | dict(seed=4))
     assert not torch.equal(shapes.images, other.images) and len(shapes) == 24
     with pytest.raises(ValueError, match="32 pixels wide, not 48: choose"): open_dataset("shapes", **embedded | dict(size=48))
+
+
+SCENES = {   # hash of what is exact; sums of the images by channel and quarter
+    ("scenes", "train"): ("63bb31a296d08ed7", [5370311, 5288664, 5491149, 5296986, 5258622, 5290822,
+                                               5089328, 5134411, 5067943, 5183851, 5033601, 5164864]),
+    ("zero_shot", "val"): ("e2ea5828835504c6", [5437491, 5397510, 5362451, 5356117, 5184012, 5215668,
+                                                5141537, 5291310, 5227192, 5103101, 5094375, 5145806])}
+
+
+@pytest.mark.parametrize("kind, split", SCENES)
+def test_scenes_are_those_of_every_earlier_version(kind, split):
+    "Models and results of older runs belong to these very scenes."
+    data = ShapesDataset(World(train=72, per_class=3), split, 5, kind)
+    exact = [[(s.colour, s.pattern, s.outline, *(f"{v:.6f}" for v in (*s.centre, s.radius))) for s in shapes] for shapes in data.shapes]
+    text = json.dumps([exact, data.captions, data.content.tolist()]).encode()
+    sums = data.images.long().unflatten(3, (2, 24)).unflatten(2, (2, 24)).sum((0, 3, 5)).flatten()
+    digest, expected = SCENES[kind, split]
+    assert hashlib.sha256(text+data.instances.numpy().tobytes()).hexdigest()[:16] == digest
+    assert (sums-torch.tensor(expected)).abs().max() <= 20   # a last bit of a matrix product may tip a pixel by one
 
 
 def test_data_sets_can_go_to_spawned_workers(coco_folder, folder):
