@@ -94,12 +94,13 @@ def _outline_mask(shape: Shape, size: int) -> np.ndarray:
 def _pattern_mask(pattern: str, world: World, rng: np.random.Generator) -> np.ndarray:
     "Where the second tone goes, (size, size) bool."
     y, x = _grid(world.size)
-    period, *phase = rng.uniform((world.period[0], 0, 0), (world.period[1], 1, 1))
+    low, high = world.period
+    period, *phase = rng.random(3) * (high - low, 1, 1) + (low, 0, 0)
+    if pattern == "plain": return np.zeros((world.size, world.size), bool)
     if pattern == "striped": x = (x + y * rng.choice((-1, 1))) / 2**.5
     u, v = x / period + phase[0], y / period + phase[1]
     u, v = u - np.floor(u), v - np.floor(v)  # the same as % 1, many times faster
     match pattern:
-        case "plain": return np.zeros((world.size, world.size), bool)
         case "striped": return u < .5
         case "dotted": return (u - .5)**2 + (v - .5)**2 < .33**2
         case "checkered": return (u < .5) ^ (v < .5)
@@ -150,13 +151,13 @@ def _background(world: World, rng: np.random.Generator) -> np.ndarray:
     image = smooth_field(5, size, rng)
     image += rng.uniform(.2, .8) * (image.mean(-1, keepdims=True) - image)  # desaturate
     image += .25 * (smooth_field(size // 4, size, rng) - .5)
-    for _ in range(rng.integers(3, 8)):  # thin lines
-        angle, row, column = rng.random(3) * (np.pi, size, size)
-        on = abs((x - column) * np.sin(angle) - (y - row) * np.cos(angle)) < .6
-        np.copyto(image, rng.random(3), where=on[..., None])
+    drawn = rng.random((rng.integers(3, 8), 6)) * (np.pi, size, size, 1, 1, 1)  # thin lines: angle, row, column, colour
+    angle, row, column = drawn.T[:3, :, None, None]
+    lines = abs((x - column) * np.sin(angle) - (y - row) * np.cos(angle)) < .6
+    for on, colour in zip(lines[..., None], drawn[:, 3:]): np.copyto(image, colour, where=on)
     for _ in range(rng.integers(1, 5)):  # small patches
         height, width = rng.integers(2, size // 8 + 1, 2)
-        top, left = rng.integers(0, (size - height, size - width))
+        top, left = rng.integers(size - height), rng.integers(size - width)
         image[top:top + height, left:left + width] = rng.random(3)
     return .3 + .4 * image  # calmer than the objects, or minutes are not enough to learn the patterns
 
@@ -254,11 +255,11 @@ class ShapesDataset(Dataset):
     def _draw(self, indices=slice(None)):
         "Draw those of the given scenes that are still missing."
         rows = torch.arange(len(self))[indices].reshape(-1)
-        for i in rows[~self._drawn[rows]].tolist():
+        rows = rows[~self._drawn[rows]]
+        for i in rows.tolist():
             scene = self.scene(i)
-            self._images[i] = torch.from_numpy(scene.image).permute(2, 0, 1)
-            self._instances[i] = torch.from_numpy(scene.instances)
-            self._drawn[i] = True
+            self._images.numpy()[i], self._instances.numpy()[i] = scene.image.transpose(2, 0, 1), scene.instances
+        self._drawn[rows] = True
 
     @property
     def images(self) -> torch.Tensor:
