@@ -222,7 +222,7 @@ class Plan:
     blocks: int = 1  # parts of the images that are kept apart: image i belongs to part i mod blocks
 
 def tallies(
-    plans: Sequence[Plan],
+    plans: Sequence[Plan],  # at least one, of as many images
     broden,  # `BrodenFolder`, or anything with its `concepts`, `columns`, `primary`, `categories`, `mask_size`
     rows: Iterable[int] | None = None,  # which items; None: all
 ) -> list[Tally]:  # arrays with a leading block axis, (blocks,U,L) ...
