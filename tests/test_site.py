@@ -21,7 +21,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT/"nbs", folder/"nbs", ignore=shutil.ignore_patterns(".*"))
     for file in ("settings.ini", "_quarto.yml"): shutil.copy(ROOT/file, folder)
-    process = "import os; from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True); os._exit(0)"   # its shells take a minute to close
+    process = "import os; from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True); os._exit(0)"   # shells close slowly
     env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     subprocess.run([sys.executable, "-c", process], cwd=folder, env=env, check=True)
     return folder/"_proc"
