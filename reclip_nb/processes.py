@@ -180,7 +180,7 @@ def failure(
     "Which process ended the others, why, and the end of its log."
     reasons = _reasons(folder, processes)
     own = {r: found for r, found in reasons.items() if not found[1].startswith("ConnectionError")}
-    silent = [r for r in range(processes) if r not in reasons]
+    silent = sorted({*range(processes)}-reasons.keys(), key=lambda r: r not in seen)   # the launcher stops those it did not see end
     first = min(own, key=own.get) if own else silent[0] if silent else min(seen)
     why = own[first][1] if own else seen.get(first, "killed without a message, perhaps for its memory")
     log = folder/str(first)/"stderr.log"

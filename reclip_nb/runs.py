@@ -25,9 +25,6 @@ import typing
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-import torch
-
 # %% ../nbs/api/01_runs.ipynb #1a594fb6
 def root() -> Path:
     "Project root: `$RECLIP_ROOT`, else the folder above the package that holds `settings.ini`, else the working directory."
@@ -106,8 +103,7 @@ def plain(
     "`obj` in types JSON knows; NaN and infinities become None."
     if isinstance(obj, dict): return {str(k): plain(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple, set)): return [plain(v) for v in obj]
-    if isinstance(obj, (torch.Tensor, np.ndarray)): return plain(obj.tolist())
-    if isinstance(obj, np.generic): return plain(obj.item())
+    if hasattr(obj, "tolist"): return plain(obj.tolist())   # arrays, tensors, numpy's numbers
     if isinstance(obj, float): return obj if math.isfinite(obj) else None
     return obj if isinstance(obj, (str, int, bool, type(None))) else str(obj)
 
@@ -173,6 +169,7 @@ def _git(*args) -> str:
 
 def device_name() -> str:
     "The accelerator's name, else the processor architecture."
+    import torch   # slow to import: who only reads the graph of runs does without
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
 
 
@@ -181,6 +178,7 @@ def setup(
     device: str = "auto", # torch device; "auto": CUDA where there is one
 ) -> str:
     "Fix the number of threads and return the device; call it after the imports. Raises RuntimeError for CUDA on a machine without it."
+    import torch
     torch.set_num_threads(threads)
     gc.freeze()   # imports leave some 400,000 objects, seconds for every full collection, the last of them when the process ends
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
@@ -191,6 +189,7 @@ def setup(
 
 def provenance() -> dict:
     "What a reader needs to repeat a number: revision, versions, device, threads, time."
+    import torch
     packages = "torch torchvision open_clip_torch timm numpy scikit-learn".split()
     versions = {p: metadata.version(p) for p in packages}
     return dict(revision=_git("rev-parse", "HEAD"), modified=bool(_git("status", "--porcelain", "-uno")),

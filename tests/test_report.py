@@ -119,7 +119,7 @@ def gallery(study: str, models=("clip", "aft4", "epg0.6"), methods=("simple_grad
     finish_run(run, dict(figures=[], table=rows))
 
 
-def complete(study: str = "tiny/quick-seed0", shift: float = 0) -> str:
+def make(study: str, shift: float):
     "A study with all its runs."
     for name in CLEAN: train(study, name)
     localise(study, shift=shift)
@@ -132,12 +132,33 @@ def complete(study: str = "tiny/quick-seed0", shift: float = 0) -> str:
     finish_run(start_run(study, "tradeoff", "tradeoff", {}), dict(points=[dict(model=m) for m in SWEEP]))
     for name, job in graph("tiny").items():   # the rest leaves nothing that is judged
         if not has_run(study, name) and name != "report": finish_run(start_run(study, name, job.notebook, {}), {})
-    return study
 
 
-def verdicts(*studies) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    "Folder of the complete studies made so far."
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def complete(kept, runs):
+    "Makes a study with all its runs, once; from then on it is copied."
+    def copied(study: str = "tiny/quick-seed0", shift: float = 0) -> str:
+        first = kept/f"{shift:g}"/study
+        if not first.exists():
+            make(study, shift)
+            shutil.copytree(runs/study, first)
+        else: shutil.copytree(first, runs/study)
+        return study
+    return copied
+
+
+def judged(report: dict) -> dict[str, str]:
     "Verdict of each finding."
-    return {f["id"]: f["verdict"] for f in report_json(studies)["findings"]}
+    return {f["id"]: f["verdict"] for f in report["findings"]}
+
+
+def verdicts(*studies) -> dict[str, str]: return judged(report_json(studies))
 
 
 def status(report: dict) -> dict[str, str]:
@@ -152,10 +173,10 @@ def texts(report: dict) -> str:
 
 # Complete, partial, empty
 
-def test_complete_study():
+def test_complete_study(complete):
     report = report_json([complete()])
     assert report["missing"] == {"tiny/quick-seed0": []}
-    found = {f["id"]: f["verdict"] for f in report["findings"]}
+    found = judged(report)
     assert {*found.values()} == {"holds", "reported"}
     assert {c["id"]: c["verdict"] for c in report["claims"]} == dict.fromkeys(("claim1", "claim2", "claim3", "claim4", "epg", "legrad", "dual"), "holds")
     known = status(report)
@@ -165,7 +186,7 @@ def test_complete_study():
     assert {*known.values()} == {"measured", "partly measured"}
 
 
-def test_values_stand_beside_the_paper():
+def test_values_stand_beside_the_paper(complete):
     report = report_json([complete()])
     t1 = comparison(report, "re.table1").query("protocol == 'zero_shot' and saliency == 'simple_gradient'")
     assert [*zip(t1["model"], t1["source"], t1["PG"])] == [
@@ -188,7 +209,7 @@ def test_values_stand_beside_the_paper():
     assert sweep(report)["w_s"].tolist() == [0, .2, .4, .6]
 
 
-def test_every_table_says_protocol_preset_and_images():
+def test_every_table_says_protocol_preset_and_images(complete):
     text = sections(report_json([complete()]))
     for heading in ("[Re] Table 1", "[Re] Table 6"):
         assert "Protocol of `localisation`. upsampling: bilinear" in text[heading] and "tiny/quick-seed0" in text[heading]
@@ -204,7 +225,7 @@ def test_partial_study_says_what_is_missing():
     train(study, "aft4")
     report = report_json([study])
     assert {"aft1", "epg0.0", "localisation"} <= {*report["missing"][study]} and not {"clip", "report"} & {*report["missing"][study]}
-    found = verdicts(study)
+    found = judged(report)
     assert found["aft_robust"] == "holds" and found["aft4_clean"] == "reported"
     assert found["aft_pg"] == found["epg_from_clip"] == found["aft1_clean"] == "not measured"
     assert "missing: localisation of clip and aft4" in texts(report) and status(report)["re.table1"] == "not measured"
@@ -213,7 +234,7 @@ def test_partial_study_says_what_is_missing():
     report = report_json([study])
     assert status(report)["re.table1"] == status(report)["re.table6"] == "partly measured"
     assert status(report)["re.fig1"] == status(report)["re.fig5"] == "not measured"      # a gallery without AFT and EPG
-    assert verdicts(study)["epg_energy"] == "not measured" and len(sweep(report)) == 1
+    assert judged(report)["epg_energy"] == "not measured" and len(sweep(report)) == 1
 
 
 def test_empty_study(runs):
@@ -225,7 +246,7 @@ def test_empty_study(runs):
     assert "Nothing measured in tiny/quick-seed0" in texts(report)
 
 
-def test_unknown_study_is_named(runs):
+def test_unknown_study_is_named(complete, runs):
     complete()
     with pytest.raises(FileNotFoundError, match=r"no study 'tiny/full-seed0' in .*found: \['tiny/quick-seed0'\].*make reproduce"):
         report_json(["tiny/quick-seed0", "tiny/full-seed0"])
@@ -233,17 +254,17 @@ def test_unknown_study_is_named(runs):
     with pytest.raises(FileNotFoundError, match="found: none"): report_json(["tiny/quick-seed0"])
 
 
-def test_presets_do_not_mix():
+def test_presets_do_not_mix(complete):
     with pytest.raises(ValueError, match="one preset and world"): report_json([complete(), complete("tiny/smoke-seed0")])
 
 
-def test_corrupt_metrics_are_named(runs):
+def test_corrupt_metrics_are_named(complete, runs):
     complete()
     (runs/"tiny/quick-seed0/aft4/metrics.json").write_text('{"clean": .')
     with pytest.raises(ValueError, match="aft4/metrics.json is not valid JSON"): report_json(["tiny/quick-seed0"])
 
 
-def test_legrad_stands_beside_the_paper():
+def test_legrad_stands_beside_the_paper(complete):
     report = report_json([complete()])
     t8 = comparison(report, "legrad.table8").query("relu and all_layers")
     assert [*zip(t8["model"], t8["source"], t8["positive"].str[:4])] == [
@@ -256,7 +277,7 @@ def test_legrad_stands_beside_the_paper():
     assert reason["legrad.fig16"] == "layer_gradients: clip, siglip in the place of ViT-L-14@openai"
 
 
-def test_dual_over_seeds_from_the_file_alone(runs):
+def test_dual_over_seeds_from_the_file_alone(complete, runs):
     report = json.loads(json.dumps(report_json([complete(f"tiny/quick-seed{i}") for i in range(2)])))
     shutil.rmtree(runs)
     rows = dual_table(report).set_index("model")
@@ -267,7 +288,7 @@ def test_dual_over_seeds_from_the_file_alone(runs):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_subset_of_runs_makes_a_report(runs, seed):
+def test_any_subset_of_runs_makes_a_report(complete, runs, seed):
     studies, draw = [complete(f"tiny/quick-seed{i}") for i in range(2)], random.Random(seed)
     gone = {s: sorted(n for n in graph("tiny") if n != "report" and draw.random() < .5) for s in studies}
     for s in studies:
@@ -278,7 +299,7 @@ def test_any_subset_of_runs_makes_a_report(runs, seed):
     assert not {"nan", "None"} & {*text.replace("|", " ").split()} and all(f"missing in {s}" in text for s in studies)
 
 
-def test_a_file_without_newer_keys_still_shows():
+def test_a_file_without_newer_keys_still_shows(complete):
     report = report_json([complete()])
     for key in ("dual", *(id for id in report["tables"] if id.startswith("legrad"))): report.pop(key, None) or report["tables"].pop(key)
     text = sections(report)
@@ -288,11 +309,12 @@ def test_a_file_without_newer_keys_still_shows():
 # Undefined values and seeds
 
 @pytest.mark.parametrize("undefined", [math.nan, None])
-def test_undefined_values_are_missing_values(undefined):
+def test_undefined_values_are_missing_values(complete, undefined):
     study = complete()
     train(study, "aft4", robust_2=undefined)
     localise(study, **{"aft4/simple_gradient/energy_pointing": math.nan})
-    report, found = report_json([study]), verdicts(study)
+    report = report_json([study])
+    found = judged(report)
     assert found["aft_robust"] == found["aft_energy"] == "not measured" and found["aft_pg"] == "holds"
     assert status(report)["re.table1"] == "partly measured"
     assert "nan" not in texts(report).lower().split() and "None" not in texts(report).split()
@@ -302,7 +324,7 @@ def test_undefined_values_are_missing_values(undefined):
     json.dumps(report, allow_nan=False)
 
 
-def test_three_seeds_give_mean_and_range():
+def test_three_seeds_give_mean_and_range(complete):
     studies = [complete(f"tiny/quick-seed{i}", shift) for i, shift in enumerate((-.1, 0, .04))]
     report = report_json(studies)
     assert report["seeds"] == [0, 1, 2]
@@ -312,7 +334,7 @@ def test_three_seeds_give_mean_and_range():
     assert "lowest and highest seed" in texts(report) and "over images" not in texts(report)
 
 
-def test_one_seed_may_lack_a_run(runs):
+def test_one_seed_may_lack_a_run(complete, runs):
     studies = [complete(f"tiny/quick-seed{i}") for i in range(2)]
     shutil.rmtree(runs/studies[1]/"aft4")
     report = report_json(studies)
@@ -321,13 +343,13 @@ def test_one_seed_may_lack_a_run(runs):
     assert report["missing"] == {studies[0]: [], studies[1]: ["aft4"]}
 
 
-def test_the_mean_of_the_seeds_decides():
+def test_the_mean_of_the_seeds_decides(complete):
     studies = [complete(f"tiny/quick-seed{i}") for i in range(3)]
     localise(studies[0], **{"aft4/simple_gradient/pointing_game": .25})            # one seed against: -5, +20, +20
     assert verdicts(studies[0])["aft_pg"] == "fails" and verdicts(*studies)["aft_pg"] == "holds"
 
 
-def test_protocols_that_differ_are_both_shown():
+def test_protocols_that_differ_are_both_shown(complete):
     studies = [complete(f"tiny/quick-seed{i}") for i in range(2)]
     run = start_run(studies[1], "localisation", "localisation", {}, dict(upsampling="nearest"))
     finish_run(run, dict(table=[]))
@@ -335,6 +357,15 @@ def test_protocols_that_differ_are_both_shown():
 
 
 # Rules
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory) -> dict[str, str]:
+    "Verdicts of a complete study that nobody has changed."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIP_RUNS", str(tmp_path_factory.mktemp("before")))
+        make("tiny/quick-seed0", 0)
+        return verdicts("tiny/quick-seed0")
+
 
 FLIPS = {
     "aft_pg": dict(maps={"aft4/simple_gradient/pointing_game": .29}),
@@ -357,9 +388,8 @@ FLIPS = {
 
 
 @pytest.mark.parametrize("id", FLIPS)
-def test_one_number_flips_one_verdict(id):
+def test_one_number_flips_one_verdict(complete, before, id):
     study, change = complete(), dict(FLIPS[id])
-    before = verdicts(study)
     assert before[id] == "holds"
     if "maps" in change: localise(study, **change["maps"])
     elif "accuracy" in change: accuracy(study, **change["accuracy"])
@@ -369,23 +399,24 @@ def test_one_number_flips_one_verdict(id):
 
 
 @pytest.mark.parametrize("metric", ["energy_pointing", "average_precision"])
-def test_epg_must_beat_its_control(metric):
+def test_epg_must_beat_its_control(complete, metric):
     study = complete()
     localise(study, **{f"{m}/simple_gradient/{metric}": .5+.001*i for i, m in enumerate(reversed(SWEEP))})
-    found, short = verdicts(study), {"energy_pointing": "energy", "average_precision": "ap"}[metric]
+    report = report_json([study])
+    found, short = judged(report), {"energy_pointing": "energy", "average_precision": "ap"}[metric]
     assert found[f"epg_{short}"] == found[f"epg_{short}_grows"] == "fails"
-    claim = next(c for c in report_json([study])["claims"] if c["id"] == "epg")
+    claim = next(c for c in report["claims"] if c["id"] == "epg")
     assert claim["verdict"] == "partly"
 
 
 @pytest.mark.parametrize("changed", [dict(aft=.05), dict(epg=.4)])
-def test_epg_from_clip_fails_only_on_all_three_counts(changed):
+def test_epg_from_clip_fails_only_on_all_three_counts(complete, changed):
     study = complete()
     train(study, "epg_from_clip", **changed)
     assert verdicts(study)["epg_from_clip"] == "fails"
 
 
-def test_margins_belong_to_the_embedded_world():
+def test_margins_belong_to_the_embedded_world(complete):
     margins = {w: {f["id"]: f["margin"] for f in report_json([complete(f"{w}-seed0")])["findings"]}
                for w in ("tiny/smoke", "tiny/full", "paper/quick")}
     ids = ("aft_energy", "aft_robust", "epg_energy")
@@ -394,14 +425,14 @@ def test_margins_belong_to_the_embedded_world():
     assert [margins["paper/quick"][i] for i in ids] == [0, 0, 0] and margins["tiny/full"]["aft_pg"] == 0
 
 
-def test_protocols_are_judged_apart():
+def test_protocols_are_judged_apart(complete):
     study = complete()
     localise(study, protocols=["linear_probe"])
     found = verdicts(study)
     assert found["probe_maps"] == "holds" and found["aft_pg"] == "not measured"
 
 
-def test_a_run_without_rows_measures_nothing(runs):
+def test_a_run_without_rows_measures_nothing(complete, runs):
     study = complete()
     for name in ("retrieval", "clip_dissect", "funnybirds"): finish_run(start_run(study, name, name, {}), {})
     shutil.rmtree(runs/study/"legrad_open_vocabulary")
@@ -412,15 +443,16 @@ def test_a_run_without_rows_measures_nothing(runs):
 
 # The file and the notebooks
 
-def test_report_is_deterministic_and_holds_no_path(runs, tmp_path):
+def test_report_is_deterministic_and_holds_no_path(complete, runs, tmp_path):
     studies = [complete(f"tiny/quick-seed{i}") for i in range(2)]
-    first, second = json.dumps(report_json(studies)), json.dumps(report_json(studies))
+    report = report_json(studies)
+    first, second = json.dumps(report), json.dumps(report_json(studies))
     assert first == second and str(tmp_path) not in first
-    assert sections(json.loads(first)) == sections(report_json(studies))            # the JSON is enough to show everything
+    assert sections(json.loads(first)) == sections(report)            # the JSON is enough to show everything
 
 
 @pytest.mark.graph
-def test_report_notebook_writes_its_files(tmp_path):
+def test_report_notebook_writes_its_files(complete, tmp_path):
     for i in range(2): complete(f"tiny/quick-seed{i}")
     out = tmp_path/"out.ipynb"
     papermill.execute_notebook(ROOT/"nbs"/"report.ipynb", out, dict(seeds=2), progress_bar=False)
@@ -431,7 +463,7 @@ def test_report_notebook_writes_its_files(tmp_path):
 
 
 @pytest.mark.graph
-def test_results_page_needs_only_its_file(tmp_path, monkeypatch):
+def test_results_page_needs_only_its_file(complete, tmp_path, monkeypatch):
     write_json(tmp_path/"nbs"/"results"/"tiny_quick.json", report_json([complete()]))
     shutil.copy(ROOT/"nbs"/"results"/"bench_explainers.json", tmp_path/"nbs"/"results")
     monkeypatch.setenv("RECLIP_ROOT", str(tmp_path))

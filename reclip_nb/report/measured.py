@@ -10,7 +10,9 @@ __all__ = ['MODELS', 'PROBE', 'BUDGETS', 'CONTROLS', 'TRAINING', 'KEYS', 'VALUES
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import pandas as pd
 
 from ..metrics import METRICS, wilson
@@ -146,15 +148,18 @@ def over_seeds(
     frame: pd.DataFrame, # from `measurements`
 ) -> pd.DataFrame: # experiment, protocol, method, model, metric, mean, low, high, interval, n, chance, per_seed
     "Mean over studies with the range of the seeds; a lone study keeps its interval over images."
-    rows = []
-    for key, g in frame.groupby(KEYS, sort=False):
-        row, mean = g.iloc[0][VALUES].to_dict(), g["mean"]
+    groups, rows = {}, []
+    for r in frame.dropna(subset=KEYS).to_dict("records"): groups.setdefault(tuple(r[k] for k in KEYS), []).append(r)
+    for key, g in groups.items():   # plain lists: a frame for each of a thousand groups takes ten times as long
+        row, mean = {k: g[0][k] for k in VALUES}, [r["mean"] for r in g]
         if len(g) > 1:
-            row |= dict(mean=mean.mean(), low=mean.min(), high=mean.max(), interval="range of seeds", n=g["n"].min())
-        rows.append(dict(zip(KEYS, key)) | row | dict(per_seed=dict(zip(g["study"], mean))))
+            row |= dict(mean=np.mean(mean), low=min(mean), high=max(mean), interval="range of seeds")
+            row |= dict(n=pd.Series([r["n"] for r in g]).min())
+        rows.append(dict(zip(KEYS, key)) | row | dict(per_seed={r["study"]: r["mean"] for r in g}))
     return pd.DataFrame(rows, columns=[*KEYS, *VALUES, "per_seed"])
 
 # %% ../../nbs/api/07_report_measured.ipynb #5915d56d
+@cache
 def _published(id: str) -> pd.DataFrame:
     "The paper's cells in long form: index, metric, `paper`, and `original` of the original authors."
     t = table(id)
