@@ -24,7 +24,7 @@ STUDY = f"{FOLDER}/{PRESET}/{{world}}-seed{{seed}}"
 
 RUNS = graph(PRESET, sweeps=bool(int(config.get("sweeps", 0))))   # configs/graph.yaml
 # progress lines for a file; glibc keeps the memory that every training step frees and asks for again
-ENVIRONMENT = f"TQDM_MININTERVAL=30 MALLOC_TRIM_THRESHOLD_={2**30} MALLOC_MMAP_THRESHOLD_={2**25}"
+os.environ |= dict(TQDM_MININTERVAL="30", MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**25))
 with open("configs/resources.yaml") as file: RESOURCES = yaml.safe_load(file)[PRESET]
 
 
@@ -89,5 +89,5 @@ for notebook in dict.fromkeys(job.notebook for job in RUNS.values()):
         threads: resources(notebook)["threads"]
         resources: **{key: value for key, value in resources(notebook).items() if key != "threads"}
         shell:
-            "{ENVIRONMENT} {params.python:q} -m papermill {input.notebook} {params.executed:q} {params.settings:q} "
+            "{params.python:q} -m papermill {input.notebook} {params.executed:q} {params.settings:q} "
             "{params.study:q} -y {params.own:q} --no-progress-bar --log-output > {log:q} 2>&1"
