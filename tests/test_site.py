@@ -64,6 +64,11 @@ def test_every_notebook_becomes_a_page(site):
     assert made == {str(p.relative_to(ROOT/"nbs")) for p in (ROOT/"nbs").rglob("*.ipynb")}
 
 
+def test_pages_hold_no_traceback(site):
+    "What nbdev runs while it makes a page, the tables of arguments above all."
+    assert not [str(p.relative_to(site)) for p in site.rglob("*.ipynb") if "Traceback (most recent call last)" in p.read_text()]
+
+
 def test_pages_have_addresses_of_their_own(site):
     found = [(str(Path(p).parent), front_matter(t).get("output-file", p)) for p, t in pages(site).items()]
     assert len(set(found)) == len(found)

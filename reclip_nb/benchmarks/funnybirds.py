@@ -110,7 +110,7 @@ def part_importance(
 def important_parts(
     importance: Tensor, # (R,)
     total: Tensor, # sum of the whole map, ()
-    thresholds: Sequence[float] = THRESHOLDS, # S shares
+    thresholds: Sequence[float], # S shares
 ) -> Tensor: # (S,R) bool
     "Regions that hold more than a share tau of the map."
     return importance > torch.as_tensor(thresholds, dtype=torch.float64)[:, None]*total.double().clamp(min=0)
@@ -235,11 +235,10 @@ class Observation:
 def bird_scores(
     seen: Observation, # what the model says
     maps: Tensor, # attributions (4,H,W) of the classes `seen.asked`
-    thresholds: Sequence[float] = THRESHOLDS, # S shares
 ) -> dict[str, np.ndarray]: # csdc, pc, dc, d: (S,); sd, ts: ()
     "The six scores of one bird, NaN where undefined."
     importance, n = part_importance(maps, seen.regions), len(seen.drops)-len(seen.background)
-    true, predicted = (important_parts(importance[k], maps[k].double().sum(), thresholds) for k in (0, 1))
+    true, predicted = (important_parts(importance[k], maps[k].double().sum(), THRESHOLDS) for k in (0, 1))
     right = seen.asked[0] == seen.asked[1]
     scores = dict(csdc=csdc(true[:, :n], seen.sets if right else []), pc=preservation(seen.logits, predicted[:, :n]),
                   dc=deletion(seen.logits, predicted[:, :n]), d=distractibility(true, seen.logits[0, seen.label], seen.drops),
@@ -253,7 +252,6 @@ SCORES = ("csdc", "pc", "dc", "d", "sd", "ts")
 
 def co12(
     scores: Sequence[dict[str, np.ndarray]], # from `bird_scores`
-    thresholds: Sequence[float] = THRESHOLDS, # S shares
 ) -> pd.DataFrame: # one row a metric: mean, low, high, n, undefined, threshold
     "Scores over all birds at the best threshold, and the three summaries of FunnyBirds."
     table = {k: np.stack([s[k] for s in scores]) for k in SCORES}
@@ -266,7 +264,7 @@ def co12(
     whole = ((mean["csdc"]+mean["pc"]+mean["dc"])/3+mean["d"])/2
     for name, value in (("completeness", whole), ("correctness", mean["sd"]), ("contrastivity", mean["ts"])):
         rows[name] = dict(mean=value, low=np.nan, high=np.nan, n=len(scores), undefined=0)
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric").reset_index().assign(threshold=thresholds[best])
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric").reset_index().assign(threshold=THRESHOLDS[best])
 
 
 def background_independence(
