@@ -6,19 +6,16 @@
 __all__ = ['TINY_VIT', 'Classifier', 'load_classifier', 'save_classifier', 'Classification', 'class_accuracy']
 
 # %% ../nbs/api/05_classifier.ipynb #cc468a91
-import json
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .clip import read_state, unwrapped
+from .clip import read_state, save_state, unwrapped
 from .fast import LiveTower
-from .runs import atomic, expand
 
 # %% ../nbs/api/05_classifier.ipynb #6103a00e
 class Classifier(nn.Module):
@@ -93,8 +90,7 @@ def save_classifier(
 ):
     "Write the network under timm's key names, with what `load_classifier` needs."
     facts = dict(model=net.name, classes=net.classes, image_size=list(net.image_size)) | (meta or {})
-    state = {k: v.detach().cpu().contiguous() for k, v in net.visual.state_dict().items()}
-    with atomic(expand(path)) as tmp: save_file(state, tmp, {"format": "pt", "reclip": json.dumps(facts)})
+    save_state(net.visual, path, facts)
 
 # %% ../nbs/api/05_classifier.ipynb #a03d9f50
 class Classification:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'FIRST_RUN', 'check_pixels', 'activation', 'Clip', 'WordTokenizer', 'read_state', 'unwrapped', 'visual_state',
-           'load_clip', 'frozen', 'save_visual', 'save_clip', 'LoadReport', 'load_visual', 'first_run', 'base_clip',
-           'study_models']
+           'load_clip', 'frozen', 'save_state', 'save_visual', 'save_clip', 'LoadReport', 'load_visual', 'first_run',
+           'base_clip', 'study_models']
 
 # %% ../nbs/api/02_clip.ipynb #d2239790
 import copy
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transformer import QuickGELU
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -300,11 +300,15 @@ def frozen(
     return ref
 
 # %% ../nbs/api/02_clip.ipynb #b5cbc635
-def _save(module: nn.Module, path: str | Path, meta: dict):
-    "Write a state dict with metadata, atomically."
+def save_state(
+    module: nn.Module, # whose state dict is written
+    path: str | Path, # .safetensors file
+    meta: dict, # JSON-able, for `read_state`
+):
+    "Write a state dict with metadata and a check sum, atomically."
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    meta = meta | dict(crc32=_checksum(state))
-    with atomic(expand(path)) as tmp: save_file(state, tmp, {"format": "pt", "reclip": json.dumps(meta)})
+    meta = {"format": "pt", "reclip": json.dumps(meta | dict(crc32=_checksum(state)))}
+    with atomic(expand(path)) as tmp: tmp.write_bytes(save(state, meta))   # safetensors' own writer leaves files behind when it is killed
 
 
 def _facts(clip: Clip) -> dict:
@@ -318,7 +322,7 @@ def save_visual(
     meta: dict | None = None, # how it was trained: eps, eta, steps, preset, ...
 ):
     "Write the image tower under open_clip's key names, with metadata."
-    _save(clip.visual, path, _facts(clip) | (meta or {}))
+    save_state(clip.visual, path, _facts(clip) | (meta or {}))
 
 
 def save_clip(
@@ -328,7 +332,7 @@ def save_clip(
 ):
     "Write the whole model, readable by `load_clip(name, path)` and by open_clip."
     words = {"words": clip.tokenizer.words} if isinstance(clip.tokenizer, WordTokenizer) else {}
-    _save(clip.model, path, _facts(clip) | words | (meta or {}))
+    save_state(clip.model, path, _facts(clip) | words | (meta or {}))
 
 # %% ../nbs/api/02_clip.ipynb #15e6c0f6
 @dataclass(frozen=True)

@@ -62,9 +62,9 @@ def run_folder(
 
 # %% ../nbs/api/01_runs.ipynb #13099368
 def _full(e: Exception) -> bool:
-    "Whether a writer failed because the disk takes no more; torch and safetensors (Rust) have errors of their own."
+    "Whether a writer failed because the disk takes no more; torch has errors of its own."
     if isinstance(e, OSError): return e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return any(words in str(e) for words in ("PytorchStreamWriter", "unexpected pos", "(os error 28)", "(os error 122)", "(os error 27)"))
+    return any(words in str(e) for words in ("PytorchStreamWriter", "unexpected pos"))
 
 
 @contextlib.contextmanager
