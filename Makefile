@@ -44,14 +44,14 @@ test-all: install
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 readme: install
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tools/readme.py
 
 # pages show what the runs of one study left; without them they say how to make it
 docs: readme
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto (quarto.org) on the PATH;" \
 		"make test checks the pages without it" >&2; exit 1; }
 	$(BIN)/nbdev_proc_nbs
-	$(BIN)/python tests/pages.py $(PRESET)/$(WORLD)-seed0
+	$(BIN)/python tools/pages.py $(PRESET)/$(WORLD)-seed0
 	cd _proc && quarto render --no-cache
 	rm -rf _docs && mv _proc/_docs _docs
 
