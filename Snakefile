@@ -13,7 +13,7 @@ from functools import cache
 
 import yaml
 
-from reclip_nb.study import config_files, graph
+from reclip_nb.study.graph import config_files, study_jobs
 
 PRESET = config.get("preset", "tiny")
 WORLD = config.get("world", "quick")
@@ -22,7 +22,7 @@ SEEDS = range(int(config.get("seeds", 1)))
 FOLDER = os.path.expanduser(os.environ.get("RECLIP_RUNS", "runs"))
 STUDY = f"{FOLDER}/{PRESET}/{{world}}-seed{{seed}}"
 
-RUNS = graph(PRESET, sweeps=bool(int(config.get("sweeps", 0))))   # configs/graph.yaml
+RUNS = study_jobs(PRESET, sweeps=bool(int(config.get("sweeps", 0))))   # configs/graph.yaml
 # progress lines for a file; glibc keeps the memory that every training step frees and asks for again
 os.environ |= dict(TQDM_MININTERVAL="30", MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**25))
 with open("configs/resources.yaml") as file: RESOURCES = yaml.safe_load(file)[PRESET]

@@ -7,7 +7,7 @@ import open_clip
 import torch
 from safetensors.torch import load_file
 
-from reclip_nb.clip import Clip, load_visual
+from reclip_nb.models import Clip, load_visual
 
 GOLDEN = Path(__file__).parent/"golden"
 

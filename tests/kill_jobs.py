@@ -9,13 +9,13 @@ import torch
 from helpers import golden
 from test_robust import tiny
 
-from reclip_nb.aft import AFT, Attack
-from reclip_nb.clip import frozen, load_clip, save_visual
-from reclip_nb.epg import EPG
-from reclip_nb.robust import robust_eval
-from reclip_nb.runs import finish_run, start_run, write_json
-from reclip_nb.shapes import ShapesDataset, World
-from reclip_nb.training import FitConfig, drop_checkpoints, fit
+from reclip_nb.evaluations import robust_eval
+from reclip_nb.models import frozen, load_clip, save_visual
+from reclip_nb.objectives import AFT, EPG, Attack
+from reclip_nb.study import finish_run, start_run, write_json
+from reclip_nb.training import FitConfig, fit
+from reclip_nb.training.checkpoints import drop_checkpoints
+from reclip_nb.worlds import ShapesDataset, World
 
 DATA = ShapesDataset(World(size=32, train=96), "train", seed=0)
 OBJECTIVES = dict(aft=lambda aft: aft, epg=lambda aft: EPG(aft, w_s=.6))

@@ -14,12 +14,11 @@ from reclip_nb.benchmarks import funnybirds as F
 from reclip_nb.benchmarks import layers as L
 from reclip_nb.benchmarks import perturbation as P
 from reclip_nb.benchmarks import pointwise as W
-from reclip_nb.benchmarks.models import Subject, named_model, open_subject
-from reclip_nb.classifier import load_classifier
-from reclip_nb.clip import Clip, load_clip
-from reclip_nb.parts import PART_COLOURS, write_funnybirds
-from reclip_nb.shapes import ShapesDataset, prompts
-from reclip_nb.zeroshot import text_classifier
+from reclip_nb.benchmarks.subjects import Subject, named_model, open_subject
+from reclip_nb.evaluations import text_classifier
+from reclip_nb.models import Clip, load_classifier, load_clip
+from reclip_nb.worlds import ShapesDataset, prompts, write_funnybirds
+from reclip_nb.worlds.birds import PART_COLOURS
 
 FOLDER = Path(__file__).parent/"golden"/"explainers"
 BIRDS = json.loads((FOLDER/"funnybirds.json").read_text())
@@ -156,7 +155,7 @@ def test_a_classifier_explains_its_own_logits(scenes):
 
 
 def test_subjects_are_refused_where_classes_differ(tmp_path):
-    from reclip_nb.classifier import save_classifier
+    from reclip_nb.models import save_classifier
     save_classifier(load_classifier(classes=5, image_size=32), tmp_path/"c.safetensors")
     with pytest.raises(ValueError, match="5 classes, the data set 24"): open_subject("", f"tiny-vit@{tmp_path}/c.safetensors", prompts())
     with pytest.raises(ValueError, match="no model 'vit_bose"): named_model("", "vit_bose_patch16@timm")

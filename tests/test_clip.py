@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from reclip_nb import clip as clip_module
-from reclip_nb.clip import activation, frozen, load_clip, load_visual, read_state, save_clip, save_visual, visual_state
+from reclip_nb.models import frozen, load_clip, load_visual, save_clip, save_visual, weights
+from reclip_nb.models.clip import activation
+from reclip_nb.models.weights import read_state, visual_state
 
 ARCHITECTURES = {   # name: pixels, embedding, activation, tensors of the image tower
     "ViT-B-16-quickgelu": (224, 512, "quick_gelu", 152), "ViT-L-14-quickgelu": (224, 768, "quick_gelu", 296),
@@ -76,7 +77,7 @@ def test_hub_names(tmp_path, monkeypatch):
     src = load_clip("tiny", seed=3)
     save_visual(src, tmp_path/"v.safetensors")
     asked = []
-    monkeypatch.setattr(clip_module, "download_pretrained_from_hf", lambda name: asked.append(name) or tmp_path/"v.safetensors")
+    monkeypatch.setattr(weights, "download_pretrained_from_hf", lambda name: asked.append(name) or tmp_path/"v.safetensors")
     dst = load_clip("tiny")
     load_visual(dst, "hf-hub:someone/aft4")
     assert asked == ["someone/aft4"] and torch.equal(dst.visual.proj, src.visual.proj)

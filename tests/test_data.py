@@ -11,11 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from reclip_nb.batches import batches, step_batches
-from reclip_nb.data import IMAGENET_TEMPLATES, ORIGINS, READERS, SPLITS, WNIDS, data_root, imagenet_names, open_dataset
-from reclip_nb.photos import Geometry, Unreadable
-from reclip_nb.prompts import class_prompts
-from reclip_nb.shapes import ShapesDataset, World
+from reclip_nb.data import (
+    DATASETS,
+    IMAGENET_TEMPLATES,
+    ORIGINS,
+    SPLITS,
+    WNIDS,
+    Geometry,
+    batches,
+    class_prompts,
+    data_root,
+    imagenet_names,
+    open_dataset,
+    step_batches,
+)
+from reclip_nb.data.photos import Unreadable
+from reclip_nb.worlds import ShapesDataset, World
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")   # pycocotools under NumPy 2
 quiet = pytest.mark.filterwarnings("ignore:left out")
@@ -218,7 +229,7 @@ def test_imagenet_names_are_unique():
     assert len(class_prompts(names, IMAGENET_TEMPLATES)) == 1000   # it refuses duplicates
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", DATASETS)
 def test_missing_data_say_how_to_get_them(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIP_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError) as e: open_dataset(name, split=SPLITS.get(name, ["val"])[-1])

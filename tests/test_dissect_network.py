@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from reclip_nb.batches import batches
-from reclip_nb.dissect.broden import BrodenFolder, make_broden
-from reclip_nb.dissect.network import View, mask_quantile, netdissect, netdissect_all, sweep, top_quantile
+from reclip_nb.data import batches
+from reclip_nb.data.photos import Unreadable
+from reclip_nb.dissect import BrodenFolder, make_broden, netdissect, top_quantile
+from reclip_nb.dissect.network import View, mask_quantile, netdissect_all, protocol_sweep
 from reclip_nb.dissect.tally import Plan, Tally, tally, upsampled
-from reclip_nb.photos import Unreadable
 
 GOLDEN = Path(__file__).parent/"golden"/"dissection"
 PIXELS = dict(dyadic=0, float=2)   # counts may differ by rounding where activations are no binary fractions
@@ -186,7 +186,7 @@ def test_order_before_counts_cells(golden):
 
 def test_sweep(golden):
     z, root = golden["float"]
-    table = sweep(z["activations"], BrodenFolder(root))
+    table = protocol_sweep(z["activations"], BrodenFolder(root))
     assert len(table) == 10 and table.detectors[0] == netdissect(z["activations"], BrodenFolder(root)).detectors()
     T = mask_quantile(z["activations"], (24, 24), .01)
     share = (upsampled(z["activations"], (24, 24)) > T[:, None, None]).mean((0, 2, 3))

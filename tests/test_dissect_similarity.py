@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import golden
 
-from reclip_nb.dissect import SIMILARITIES, describe, similarity, summary
+from reclip_nb.dissect import SIMILARITIES, alignment_summary, describe, similarity
 
 NAMES = dict(soft_wpmi="soft_wpmi", wpmi="wpmi", cos="cos_similarity", cos_cubed="cos_similarity_cubed", pearson="pearson")
 TOLERANCE = {torch.float64: dict(soft_wpmi=1e-7, wpmi=1e-6, cos=1e-12, cos_cubed=1e-12, pearson=1e-12),
@@ -39,7 +39,7 @@ def test_golden(file, dtype, metric):
     if metric == "pearson": return      # the one score that CLIP-Dissect does not have
     assert torch.equal(got.argmax(1), g[f"{name}_best_id"])
     mean, lower, average = g[f"{name}_best_mean_median"].tolist()
-    told = summary(got, draws=2).set_index("statistic").value
+    told = alignment_summary(got, draws=2).set_index("statistic").value
     for statistic, value in dict(mean=mean, median_lower=lower, median=average).items():
         assert abs(told[statistic]-value) <= 3e-4       # the reference's own single precision
 
@@ -171,7 +171,7 @@ def test_dead_neurons(metric):
     acts[:, 3] = 2.5
     sim = similarity(acts, images, texts, metric, dtype=torch.float64)
     assert not sim[3].any() and describe(sim, list("abcde")).groupby("unit").dead.all().sum() == 1
-    assert summary(sim, draws=2)[["n", "dead"]].eq([18, 1]).all(axis=None)
+    assert alignment_summary(sim, draws=2)[["n", "dead"]].eq([18, 1]).all(axis=None)
     alive = [n for n in range(19) if n != 3]
     assert apart(sim[alive], similarity(acts[:, alive], images, texts, metric, dtype=torch.float64)) == 0
     assert not similarity(torch.ones(700, 2), images, texts, metric).any()

@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from reclip_nb.aft import AFT, Attack, aft_loss
-from reclip_nb.clip import frozen, load_clip
-from reclip_nb.dual import Dual, dual_penalty, embedding_gradients, huber, random_directions, text_directions
-from reclip_nb.epg import EPG, feature_saliency
-from reclip_nb.runs import start_run
-from reclip_nb.shapes import WORLDS, ShapesDataset
+from reclip_nb.models import frozen, load_clip
+from reclip_nb.objectives import AFT, EPG, Attack, Dual, aft_loss, dual_penalty
+from reclip_nb.objectives.dual import embedding_gradients, huber, random_directions, text_directions
+from reclip_nb.objectives.epg import feature_saliency
+from reclip_nb.study import start_run
 from reclip_nb.training import FitConfig, fit
+from reclip_nb.worlds import WORLDS, ShapesDataset
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

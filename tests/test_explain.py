@@ -9,8 +9,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import Transformer, VisionTransformer
 from towers import clip_cls
 
-from reclip_nb.explain import EXPLAINERS, PRESETS, explain, explain_many, input_gradient
-from reclip_nb.explain.base import clip99, open_tap
+from reclip_nb.explain import EXPLAINERS, PRESETS, clip99, explain, explain_many, input_gradient, open_tap
 from reclip_nb.explain.cam import qk_similarity
 
 RAW = dict(size=None, normalize="none")

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, VisionTransformer
 from towers import class_vit, clip_cls, open_clip_vit, sharp, siglip_map, timm_vit
 
-from reclip_nb.clip import Clip
-from reclip_nb.explain import EXPLAINERS, explain, explain_many, layer_maps, live_maps
-from reclip_nb.metrics import minmax
-from reclip_nb.tower import as_tower
+from reclip_nb.explain import EXPLAINERS, explain, explain_many, layer_maps, minmax, trainable_maps
+from reclip_nb.models import Clip, as_tower
 
 RAW = dict(size=None, normalize="none")
 SIGLIP = dict(class_token=False, global_pool="map")
@@ -286,7 +284,7 @@ def test_nothing_of_a_tower_changes(make_tower):
     state = [(m.training, [*vars(m)]) for m in net.modules()]
     x = torch.randn(2, 3, 48, 32)
     explain_many(net, x, e["text"], MAPS)
-    live_maps(net, x, e["text"])
+    trainable_maps(net, x, e["text"])
     handle.remove()
     now = net.state_dict(keep_vars=True)
     assert all(before[k][::2] == (id(v), v._version) and torch.equal(before[k][1], v) for k, v in now.items())
@@ -381,9 +379,9 @@ def test_live_maps_train_a_tower():
     for make_tower in (clip_cls, siglip_map):
         net, e = make_tower()
         frozen = net.requires_grad_(False)
-        with pytest.raises(ValueError, match="closed form"): live_maps(frozen, e["image"], e["text"])
+        with pytest.raises(ValueError, match="closed form"): trainable_maps(frozen, e["image"], e["text"])
         net.requires_grad_(True)
-        maps = live_maps(net, e["image"], e["text"])
+        maps = trainable_maps(net, e["image"], e["text"])
         torch.testing.assert_close(maps.detach(), explain(net, e["image"], e["text"], **RAW))
         maps.sum().backward()
         still = [k for k, p in net.named_parameters() if p.grad is None or p.grad.eq(0).all()]

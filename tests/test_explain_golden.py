@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from towers import class_vit, clip_cls, siglip_map
 
-from reclip_nb.blocks import attention_weights
-from reclip_nb.explain import explain, layer_maps
+from reclip_nb.explain import explain, layer_maps, open_tap
 from reclip_nb.explain.attention import reading, unroll
-from reclip_nb.explain.base import inside, open_tap
+from reclip_nb.explain.base import block_state
 from reclip_nb.explain.lrp import start_relevance, through_block, trace
+from reclip_nb.models.blocks import attention_weights
 
 RAW = dict(size=None, normalize="none")
 PRECISION = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -211,7 +211,7 @@ def test_states_attention_and_embedding(dtype, make):
     tower, e = load(make, dtype)
     with torch.no_grad():
         tap, texts = open_tap(tower, e["image"], e["text"])
-        seen = [inside(tap, l) for l in range(3)]
+        seen = [block_state(tap, l) for l in range(3)]
         close(torch.stack([attention_weights(b.q, b.k, 4) for b in seen]), e["attn"])
         close(torch.stack([b.z for b in seen]), e["hidden"])
         f = tap.tower.head(tap.state(3))

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclip_nb.aft import AFT, Attack
 from reclip_nb.attacks import pgd
-from reclip_nb.clip import frozen, load_clip
-from reclip_nb.epg import epg_loss
-from reclip_nb.fast import Bf16Copy, FastClip, Live, drops, has_lean_form, lean_steps
-from reclip_nb.shapes import WORLDS, ShapesDataset
-from reclip_nb.tower import as_tower, fast_encoder
-from reclip_nb.training import FitConfig, autocast, backward, optimizer
+from reclip_nb.models import AttackEncoder, UpdateEncoder, as_tower, frozen, frozen_encoder, load_clip
+from reclip_nb.models.encoders import Bf16Copy, has_dropout, has_product_form, product_steps
+from reclip_nb.objectives import AFT, Attack, epg_loss
+from reclip_nb.training import FitConfig
+from reclip_nb.training.loop import backward
+from reclip_nb.training.schedule import autocast, optimizer
+from reclip_nb.worlds import WORLDS, ShapesDataset
 
 TOWERS = ("tiny-smoke", "tiny-siglip", "tiny-rn")     # class token, pooler, ResNet
 
@@ -59,11 +59,11 @@ def weight_gradients(clip, encode, x):
 def test_encoders_are_the_model(name, lean):
     "Value and pixel gradient in double precision."
     clip = load_clip(name, seed=0).double().eval()
-    if lean and not has_lean_form(clip.visual): pytest.skip("no lean form")
+    if lean and not has_product_form(clip.visual): pytest.skip("no lean form")
     x = torch.rand(2, 3, *clip.image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     tower = as_tower(clip.visual)
-    fast = fast_encoder(clip)
-    if lean: fast = lambda v: tower.through(v, lean_steps(tower))
+    fast = frozen_encoder(clip)
+    if lean: fast = lambda v: tower.through(v, product_steps(tower))
     got, want = fast(clip.normalize(x)), clip.encode_image(x, normalize=False)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(e.square().sum(), x)[0] for e in (got, want)))
@@ -84,7 +84,7 @@ def test_without_autocast_live_is_the_model(name):
     "The update in double precision has the model's embeddings and the model's gradients."
     own, other = (load_clip(name, seed=0).double().train() for _ in range(2))
     x = torch.rand(2, 3, *own.image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    e, f = own.encode_image(x), Live(FastClip(other).sync()).encode_image(x)
+    e, f = own.encode_image(x), UpdateEncoder(AttackEncoder(other).sync()).encode_image(x)
     torch.testing.assert_close(f, e)
     target = torch.randn(e.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for clip, v in ((own, e), (other, f)): (v*target).sum().backward()
@@ -100,7 +100,7 @@ def test_update_on_the_copy(student, images, recompute):
     with bf16(): auto = weight_gradients(student, student.encode_image, images)
     if recompute: student.visual.set_grad_checkpointing()
     with bf16():
-        live = Live(FastClip(student).sync())
+        live = UpdateEncoder(AttackEncoder(student).sync())
         got = weight_gradients(student, live.encode_image, images)
     assert isinstance(live.fast.run, Bf16Copy) and {g.dtype for g in got} == {torch.float32}
     assert all(g.abs().sum() > 0 for g in got)
@@ -111,13 +111,13 @@ def test_update_on_the_copy(student, images, recompute):
 
 def test_recomputing_changes_nothing(student, images):
     "Checkpointed blocks give the same gradient to the last bit, and keep less."
-    found, kept, fast = [], [], FastClip(student)
+    found, kept, fast = [], [], AttackEncoder(student)
     for recompute in (False, True):
         student.visual.set_grad_checkpointing(recompute)   # also after the copy was made
         sizes = {}
         def pack(t, sizes=sizes): sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
         with bf16():
-            live = Live(fast.sync())
+            live = UpdateEncoder(fast.sync())
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): e = live.encode_image(images)
         kept.append(sum(sizes.values()))
         found.append(torch.autograd.grad(e[:, 0].sum(), [*student.visual.parameters()]))
@@ -127,13 +127,13 @@ def test_recomputing_changes_nothing(student, images):
 def test_random_depth_is_not_skipped():
     "A tower that drops patches in training mode goes through its own forward pass."
     clip = load_clip("tiny-smoke", seed=0)
-    assert not drops(clip.visual)
+    assert not has_dropout(clip.visual)
     clip.visual.patch_dropout = torch.nn.Dropout(.5)
-    assert drops(clip.visual)
+    assert has_dropout(clip.visual)
     clip.train()
     x = torch.rand(2, 3, *clip.image_size, generator=torch.Generator().manual_seed(0))
     with bf16(), torch.random.fork_rng(devices=[]):
-        live = Live(FastClip(clip).sync())
+        live = UpdateEncoder(AttackEncoder(clip).sync())
         assert not torch.equal(live.encode_image(x), live.encode_image(x))
 
 
@@ -143,7 +143,7 @@ def test_attack_in_bfloat16(student, teacher, images):
     distance = lambda e: (e-target).square().sum(-1)
     for precision in ("fp32", "bf16"):
         with autocast(images.device, precision):
-            fast = FastClip(student).sync()
+            fast = AttackEncoder(student).sync()
             deltas[precision] = [pgd(lambda v: distance(fast.encode_image(v)), images, steps=n, start="zero") for n in (1, 10)]
     (a, full), (b, coarse) = deltas.values()
     assert (a.sign() == b.sign()).float().mean() > .9
@@ -154,7 +154,7 @@ def test_attack_in_bfloat16(student, teacher, images):
 def test_references_are_copied_once(student, teacher, images):
     "A fixed copy stays; the student's follows."
     with bf16():
-        kept, follows = FastClip(teacher, fixed=True), FastClip(student)
+        kept, follows = AttackEncoder(teacher, fixed=True), AttackEncoder(student)
         for fast, moves in ((kept, False), (follows, True)):
             before = fast.sync().encode_image(images)
             with torch.no_grad(): fast.clip.visual.proj.mul_(-1)
@@ -223,7 +223,7 @@ def test_compiled_copy(student, images):
     found = []
     for compiled in (False, True):
         v = images.clone().requires_grad_()
-        with bf16(): e = FastClip(student, compiled=compiled).sync().encode_image(v)
+        with bf16(): e = AttackEncoder(student, compiled=compiled).sync().encode_image(v)
         found.append((e, torch.autograd.grad(e[:, 0].sum(), v)[0]))
     for a, b in zip(*found): assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > .99
 

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from reclip_nb.aft import AFT, Attack
-from reclip_nb.clip import frozen, load_clip, load_visual, save_visual
 from reclip_nb.data import open_dataset
-from reclip_nb.epg import epg_loss
-from reclip_nb.robust import robust_eval
-from reclip_nb.runs import append_rows, finish_run, has_run, load_run, read_rows, start_run, write_json
+from reclip_nb.evaluations import robust_eval
+from reclip_nb.models import frozen, load_clip, load_visual, save_visual
+from reclip_nb.objectives import AFT, Attack, epg_loss
+from reclip_nb.study import append_rows, finish_run, has_run, load_run, read_rows, start_run, write_json
 from reclip_nb.training import FitConfig, fit
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from reclip_nb import figures
+from reclip_nb.show import figures, gallery, tables
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def draw(fig):
 def test_gallery_has_labels_and_survives_broken_maps(images, masks, overlay, scale):
     maps = {"clip": torch.rand(3, 16, 12), "aft": torch.zeros(3, 16, 12)}
     maps["clip"][1, 0, 0] = torch.nan
-    fig = draw(figures.show_maps(images, maps, prompts=["a", "b", "c"], masks=masks, overlay=overlay, scale=scale))
+    fig = draw(gallery.show_maps(images, maps, prompts=["a", "b", "c"], masks=masks, overlay=overlay, scale=scale))
     *axes, bar = fig.axes
     assert [a.get_ylabel() for a in axes[::3]] == ["image", "clip", "aft"] and "heat" in bar.get_ylabel()
     assert [a.get_title() for a in axes[:3]] == ["a", "b", "c"]
@@ -47,32 +47,32 @@ def test_gallery_has_labels_and_survives_broken_maps(images, masks, overlay, sca
 
 
 def test_gallery_takes_a_tensor_with_row_names(images):
-    fig = draw(figures.show_maps(images, torch.full((1, 3, 16, 12), torch.nan), rows=["legrad"], scale="shared"))
+    fig = draw(gallery.show_maps(images, torch.full((1, 3, 16, 12), torch.nan), rows=["legrad"], scale="shared"))
     assert fig.axes[3].get_ylabel() == "legrad"
 
 
 def test_wrong_shapes_are_refused(images, masks):
     maps = torch.rand(2, 3, 16, 12)
     with pytest.raises(ValueError, match=r"\(3, 12, 16\), the images need \(3, 16, 12\)"):
-        figures.show_maps(images, {"legrad": maps[0].mT})
-    with pytest.raises(ValueError, match="masks"): figures.show_maps(images, maps, masks=masks[:2])
-    with pytest.raises(ValueError, match="1 row names for 2 rows"): figures.show_maps(images, maps, rows=["a"])
-    with pytest.raises(ValueError, match="2 prompts for 3 images"): figures.show_maps(images, maps, prompts=["a", "b"])
-    with pytest.raises(ValueError, match="'map' or 'shared'"): figures.display_maps(maps, "image")
+        gallery.show_maps(images, {"legrad": maps[0].mT})
+    with pytest.raises(ValueError, match="masks"): gallery.show_maps(images, maps, masks=masks[:2])
+    with pytest.raises(ValueError, match="1 row names for 2 rows"): gallery.show_maps(images, maps, rows=["a"])
+    with pytest.raises(ValueError, match="2 prompts for 3 images"): gallery.show_maps(images, maps, prompts=["a", "b"])
+    with pytest.raises(ValueError, match="'map' or 'shared'"): gallery.display_maps(maps, "image")
 
 
 def test_display_maps(images):
-    shown = figures.display_maps(torch.stack([images[:, 0], 3*images[:, 0] + 2]))
+    shown = gallery.display_maps(torch.stack([images[:, 0], 3*images[:, 0] + 2]))
     np.testing.assert_allclose(shown[0], shown[1], atol=1e-6) # own range: affine changes vanish
     assert shown.min() == 0 and shown.max() == 1
-    shared = figures.display_maps(torch.stack([images[:, 0], 3*images[:, 0] + 2]), "shared")
+    shared = gallery.display_maps(torch.stack([images[:, 0], 3*images[:, 0] + 2]), "shared")
     assert shared[0].max() < shared[1].min()
 
 
 def test_scenes(images, masks):
     items = [dict(image=i, mask=m, label=k) for k, (i, m) in enumerate(zip(images, masks))]
     items[0]["caption"] = "a caption"
-    fig = draw(figures.show_scenes([*items, dict(image=images[0])], classes=["x", "y", "z"], columns=3))
+    fig = draw(gallery.show_scenes([*items, dict(image=images[0])], classes=["x", "y", "z"], columns=3))
     assert [a.get_xlabel() for a in fig.axes] == ["a caption", "y", "z", "", "", ""]
 
 
@@ -98,26 +98,26 @@ def test_sweep():
 
 
 def test_metric_table(scores):
-    data = figures.metric_table(scores, ["method", "model"], higher=dict(error=False)).data
+    data = tables.metric_table(scores, ["method", "model"], higher=dict(error=False)).data
     assert data.loc[("sg", "clip")].tolist() == ["10.0 [5.0, 15.0] n=90", "20.0 [15.0, 25.0]"]
     assert data.loc[("cam", "clip"), "PG"] == "<b>50.0</b> [45.0, 55.0]"
     assert data.loc[("sg", "aft")].tolist() == ["30.0 [25.0, 35.0]", "<b>10.0</b> [5.0, 15.0]"]
     assert data.loc[("cam", "aft")].tolist() == ["–", "–"]
-    grouped = figures.metric_table(scores, ["method", "model"], within=["method"]).data
+    grouped = tables.metric_table(scores, ["method", "model"], within=["method"]).data
     assert grouped.loc[("sg", "aft"), "PG"].startswith("<b>30.0</b>") and "<b>" in grouped.loc[("cam", "clip"), "PG"]
-    html = figures.metric_table(scores, ["method", "model"]).to_html()
-    assert "<b>50.0</b>" in html and html == figures.metric_table(scores, ["method", "model"]).to_html()
-    with pytest.raises(ValueError, match=r"no column \['high'\]"): figures.metric_table(scores.drop(columns="high"))
+    html = tables.metric_table(scores, ["method", "model"]).to_html()
+    assert "<b>50.0</b>" in html and html == tables.metric_table(scores, ["method", "model"]).to_html()
+    with pytest.raises(ValueError, match=r"no column \['high'\]"): tables.metric_table(scores.drop(columns="high"))
 
 
 def test_metric_markdown(scores):
-    text = figures.metric_markdown(scores[scores.method == "sg"], digits=2, percent=False)
+    text = tables.metric_markdown(scores[scores.method == "sg"], digits=2, percent=False)
     assert text.splitlines()[:3] == ["| model | PG | error |", "| --- | --- | --- |",
                                      "| clip | 0.10 [0.05, 0.15] n=90 | **0.20** [0.15, 0.25] |"]
 
 
 def test_nothing_is_left_in_matplotlib(images):
     before = dict(matplotlib.rcParams)
-    figures.show_maps(images, images[None, :, 0])
+    gallery.show_maps(images, images[None, :, 0])
     figures.plot_history([dict(step=0, loss=1.)])
     assert plt.get_fignums() == [] and dict(matplotlib.rcParams) == before

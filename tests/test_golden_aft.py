@@ -5,10 +5,11 @@ import pytest
 import torch
 from helpers import aft_clip, golden
 
-from reclip_nb.aft import AFT, Attack, distance
-from reclip_nb.attacks import pixel_l2, pgd
-from reclip_nb.clip import frozen
-from reclip_nb.epg import NORMALIZERS, epg_loss, feature_saliency
+from reclip_nb.attacks import pgd, pixel_l2
+from reclip_nb.models import frozen
+from reclip_nb.objectives import AFT, Attack, epg_loss
+from reclip_nb.objectives.aft import distance
+from reclip_nb.objectives.epg import NORMALIZERS, feature_saliency
 from reclip_nb.training import schedule
 
 CASES = {   # eps, eta (None: no penalty), noise, unit embeddings

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from reclip_nb.study import graph
+from reclip_nb.study import study_jobs
 
 # writes what a notebook would: numbers that depend on the notebook, its settings and the runs it reads, and on nothing else
 PAPERMILL = '''
@@ -36,9 +36,9 @@ class Project:
         self.folder, self.calls = folder, folder/"calls.txt"
         for name in ("Snakefile", "settings.ini"): shutil.copy(root/name, folder)
         for name in ("configs", "reclip_nb"): shutil.copytree(root/name, folder/name, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder/"reads.json").write_text(json.dumps({name: job.reads for name, job in graph("tiny").items()}))
+        (folder/"reads.json").write_text(json.dumps({name: job.reads for name, job in study_jobs("tiny").items()}))
         (folder/"nbs").mkdir()
-        for job in graph("tiny").values(): (folder/"nbs"/f"{job.notebook}.ipynb").write_text(job.notebook)
+        for job in study_jobs("tiny").values(): (folder/"nbs"/f"{job.notebook}.ipynb").write_text(job.notebook)
         (folder/"stand_in"/"papermill").mkdir(parents=True)
         (folder/"stand_in"/"papermill"/"__init__.py").touch()
         (folder/"stand_in"/"papermill"/"__main__.py").write_text(PAPERMILL)
@@ -72,7 +72,7 @@ class Project:
 
 def dependents(*names):
     "Those runs and all that read them, at any distance."
-    jobs, found = graph("tiny"), set(names)
+    jobs, found = study_jobs("tiny"), set(names)
     while more := {n for n, j in jobs.items() if found & {*j.reads}}-found: found |= more
     return found
 
@@ -95,7 +95,7 @@ def test_killed_graph_goes_on(root, tmp_path, whole):
         again = project.calls.read_text().split()
         assert project.start("--unlock").wait() == 0, "as snakemake's own message says after a kill"
         now = project.numbers()
-        assert len(now) < len(graph("tiny")), "it was really stopped early"
+        assert len(now) < len(study_jobs("tiny")), "it was really stopped early"
         assert now.items() >= before.items(), "nothing is lost"
         assert len({*again} & before.keys()) <= 2, "no more than the two in flight are made twice"
     project.run()
@@ -103,7 +103,7 @@ def test_killed_graph_goes_on(root, tmp_path, whole):
 
 
 def test_what_changed_runs_again_and_nothing_else(whole):
-    (project, order, _), jobs = whole, graph("tiny")
+    (project, order, _), jobs = whole, study_jobs("tiny")
     assert sorted(order) == sorted(jobs), "every run once"
     assert all(order.index(r) < order.index(n) for n, j in jobs.items() for r in j.reads)
     assert project.run() == [], "finished runs are kept"

@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from reclip_nb.clip import read_state
+from reclip_nb.models.weights import read_state
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = dict(aft=6, epg=6, evaluation=5, graph=3)

@@ -11,12 +11,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from reclip_nb.batches import batches, step_batches
-from reclip_nb.data import NATIVE, caption_pairs, open_dataset
+from reclip_nb.data import NATIVE, batches, caption_pairs, class_prompts, open_dataset, step_batches
 from reclip_nb.data.folders import stratified, vtab_order
-from reclip_nb.photos import Unreadable, read_rgb
-from reclip_nb.prompts import EUROSAT, IMAGENETTE
-from reclip_nb.zeroshot import class_prompts, prompts_of
+from reclip_nb.data.photos import Unreadable, read_rgb
+from reclip_nb.data.prompts import EUROSAT, IMAGENETTE
+from reclip_nb.evaluations import prompts_of
 
 quiet = pytest.mark.filterwarnings("ignore:left out")
 KINDS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -7,7 +7,10 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from reclip_nb import metrics as M
+from reclip_nb.benchmarks import metrics as M
+from reclip_nb.benchmarks import segmentation as S
+from reclip_nb.explain.base import minmax
+from reclip_nb.study.statistics import summarise, wilson
 
 GOLDEN = Path(__file__).parent/"golden"/"explainers"
 CASES = json.loads((GOLDEN/"metrics.json").read_text())["cases"]
@@ -45,7 +48,7 @@ def test_pointing_game(case):
 def test_energy(case):
     s, m, e = case
     same(M.energy_pointing(s, m), e["energy"])
-    same(M.energy_pointing(M.minmax(s), m), e["energy_after_minmax"])
+    same(M.energy_pointing(minmax(s), m), e["energy_after_minmax"])
 
 
 def test_average_precision(case):
@@ -62,7 +65,7 @@ def test_top20(case):
 
 def test_mean_threshold(case):
     s, m, e = case
-    segmentation, e = M.MeanThresholdSegmentation(), e["mean_threshold"]
+    segmentation, e = S.MeanThresholdSegmentation(), e["mean_threshold"]
     segmentation.update(s, m)
     result = segmentation.compute()
     same(result["pixel_accuracy"], e["pa"])
@@ -79,11 +82,11 @@ def test_mean_threshold(case):
 def test_pointwise_miou():
     expected = POINTS["expected"]
     for average, value in (("class", expected["p_miou_class"]), ("image", expected["p_miou_per_image_fg"])):
-        score = M.PointwiseMIoU(POINTS["threshold"], average)
+        score = S.PointwiseMIoU(POINTS["threshold"], average)
         for item in POINTS["items"]:
             heat = np.array(item["heatmap"])
             score.update(heat[None], [item["points"]], [item["class_id"]])
-            counts = M.point_counts(heat, item["points"], POINTS["threshold"])
+            counts = S.point_counts(heat, item["points"], POINTS["threshold"])
             assert dict(zip(("tp", "fp", "fn"), counts.tolist())).items() <= item["counts"].items()
         same(score.compute()["value"], value)
         if average == "class":
@@ -225,8 +228,8 @@ def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match="'first', 'any' or 'mean'"): M.pointing_game(s, s > .5, ties="last")
     with pytest.raises(ValueError, match="'stable', 'ge' or 'gt'"): M.topk_mask(s, ties="first")
     with pytest.raises(ValueError, match="frac"): M.topk_mask(s, frac=20)
-    with pytest.raises(ValueError, match=r"\[0,1\]"): M.PointwiseMIoU().update(s*3, [[], []], [0, 1])
-    with pytest.raises(ValueError, match="unsure"): M.PointwiseMIoU().update(s[:1], [[(.1, .1, "maybe")]], [0])
+    with pytest.raises(ValueError, match=r"\[0,1\]"): S.PointwiseMIoU().update(s*3, [[], []], [0, 1])
+    with pytest.raises(ValueError, match="unsure"): S.PointwiseMIoU().update(s[:1], [[(.1, .1, "maybe")]], [0])
 
 
 def test_inputs_are_left_alone(rng):
@@ -239,7 +242,7 @@ def test_inputs_are_left_alone(rng):
 
 
 def test_undefined_points_and_broken_maps_are_counted():
-    score, s = M.PointwiseMIoU(), torch.full((3, 4, 4), .2)
+    score, s = S.PointwiseMIoU(), torch.full((3, 4, 4), .2)
     s[1] = torch.nan
     score.update(s, [[(.5, .5, "yes")], [(.5, .5, "yes")], [(.5, .5, "no")]], [0, 0, 1])
     result = score.compute()
@@ -247,13 +250,13 @@ def test_undefined_points_and_broken_maps_are_counted():
 
 
 def test_summaries():
-    low, high = M.wilson(0, 10)
+    low, high = wilson(0, 10)
     assert low == 0 and np.isclose(high, .27753, atol=1e-5) # Wilson 1927, upper limit z^2/(n+z^2)
-    assert M.summarise(torch.tensor([1., 0, torch.nan]))["interval"] == "wilson"
-    s = M.summarise([.1, .2, .3, np.nan])
+    assert summarise(torch.tensor([1., 0, torch.nan]))["interval"] == "wilson"
+    s = summarise([.1, .2, .3, np.nan])
     assert s["interval"] == "normal" and np.isclose(s["high"] - s["mean"], 1.959964*.1/3**.5)
     assert (s["n"], s["undefined"]) == (3, 1)
-    assert np.isnan([M.summarise([])[k] for k in ("mean", "low", "high")]).all()
+    assert np.isnan([summarise([])[k] for k in ("mean", "low", "high")]).all()
 
 
 def test_score_table_counts_and_bounds(rng):

@@ -1,5 +1,4 @@
 """Library, theory and front pages as test cases. Experiments run through papermill elsewhere."""
-import os
 from pathlib import Path
 
 import pytest

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from reclip_nb.paper import (AFT_CODE, AFT_PAPER, CLAIMS, EPG, EXPERIMENTS, FIGURES, implied_area, preset,
-                             table, tables)
+from reclip_nb.paper import (
+    AFT_CODE,
+    AFT_PAPER,
+    CLAIMS,
+    EPG_PAPER,
+    EXPERIMENTS,
+    FIGURES,
+    implied_area,
+    preset,
+    table,
+    tables,
+)
 
 ZERO_SHOT = ["cifar10", "stl10", "eurosat", "fgvc_aircraft", "imagenette"]
 
@@ -83,14 +93,14 @@ def test_legrad_tables_share_cells():
 
 
 def test_presets():
-    assert preset("aft_code") is AFT_CODE and preset("aft_paper") is AFT_PAPER and preset("epg") is EPG
+    assert preset("aft_code") is AFT_CODE and preset("aft_paper") is AFT_PAPER and preset("epg") is EPG_PAPER
     names = [f.name for f in dataclasses.fields(AFT_CODE)]
     assert names == ("model pretrained data eps_255 alpha_255 attack_steps start step_rule penalty eta_255 "
                      "sigma_255 n_noise outer_noise loss normalize objective lr beta1 beta2 weight_decay "
                      "wd_exclude_1d warmup first_step_peak steps batch_size").split()
-    assert [f.name for f in dataclasses.fields(EPG)] == names + "w_s normalizer mask geometry init".split()
-    assert (AFT_CODE.beta2, AFT_PAPER.beta2, EPG.lr, EPG.warmup) == (.999, .95, 5e-6, 100)
-    with pytest.raises(dataclasses.FrozenInstanceError): EPG.w_s = 0
+    assert [f.name for f in dataclasses.fields(EPG_PAPER)] == names + "w_s normalizer mask geometry init".split()
+    assert (AFT_CODE.beta2, AFT_PAPER.beta2, EPG_PAPER.lr, EPG_PAPER.warmup) == (.999, .95, 5e-6, 100)
+    with pytest.raises(dataclasses.FrozenInstanceError): EPG_PAPER.w_s = 0
 
 
 # The papers' own text, where the files are at hand

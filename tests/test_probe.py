@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from helpers import golden
 
 from reclip_nb.attacks import apgd
-from reclip_nb.clip import load_clip
 from reclip_nb.data import open_dataset
+from reclip_nb.evaluations import LinearProbe, fit_linear_probe
+from reclip_nb.evaluations.probe import COCO_SIX, CocoClasses, ProbeClassifier, features, six_classes
 from reclip_nb.explain import explain_many
-from reclip_nb.probe import COCO_SIX, CocoClasses, LinearProbe, ProbeClassifier, features, fit_linear_probe, six_classes
-from reclip_nb.shapes import ShapesDataset
+from reclip_nb.models import load_clip
+from reclip_nb.worlds import ShapesDataset
 
 
 def objective(w, b, C, X, y): return C*F.cross_entropy(X @ w.T+b, y, reduction="sum")+(w**2).sum()/2

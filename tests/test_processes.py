@@ -12,20 +12,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from reclip_nb.aft import AFT, Attack
-from reclip_nb.benchmarks.localisation import joined as joined_scores
+from reclip_nb.benchmarks.localisation import join_scores as joined_scores
 from reclip_nb.benchmarks.localisation import localisation, masked_batches
-from reclip_nb.clip import frozen, load_clip, save_clip, save_visual
+from reclip_nb.cli import checked_parameters, notebook_defaults
 from reclip_nb.data import open_dataset
-from reclip_nb.epg import EPG
-from reclip_nb.processes import barrier, launch, main_first, main_process, rank, sharded
-from reclip_nb.recipes import defaults, parameters, train
-from reclip_nb.robust import joined as joined_reports
-from reclip_nb.robust import STANDS, robust_eval
-from reclip_nb.runs import Run, read_rows, runs_root, start_run
-from reclip_nb.shapes import ShapesDataset, World
-from reclip_nb.training import FitConfig, fit
-from reclip_nb.zeroshot import ClipClassifier, prompts_of, text_classifier
+from reclip_nb.evaluations import ClipClassifier, prompts_of, robust_eval, text_classifier
+from reclip_nb.evaluations.attacked import STANDS
+from reclip_nb.evaluations.robust import join_reports as joined_reports
+from reclip_nb.models import frozen, load_clip, save_clip, save_visual
+from reclip_nb.objectives import AFT, EPG, Attack
+from reclip_nb.study import Run, read_rows, runs_root, start_run
+from reclip_nb.study.processes import barrier, launch, main_first, main_process, rank, sharded
+from reclip_nb.training import FitConfig, fit, train
+from reclip_nb.worlds import ShapesDataset, World
 
 CFG = FitConfig(steps=4, batch_size=16, lr=1e-3, warmup=1, accumulate=4)
 
@@ -139,7 +138,7 @@ def test_sharded_evaluation_is_the_evaluation(one, two):
 
 
 def test_accumulate_must_be_shared_evenly(runs):
-    values, _ = defaults("train_aft")
+    values, _ = notebook_defaults("train_aft")
     with pytest.raises(ValueError, match="set accumulate to a multiple of 2"): train("train_aft", values | dict(processes=2, accumulate=3, batch_size=9))
     assert not list(runs.glob("tiny")), "nothing was started"
 
@@ -179,7 +178,7 @@ def test_torchrun_and_the_console_script(root, runs, tmp_path):
     p = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-3000:]
     two = Run(runs/"console"/"two")
-    one = train("train_aft", parameters("train_aft", [tmp_path/"short.yaml"], [("name", "one")]))
+    one = train("train_aft", checked_parameters("train_aft", [tmp_path/"short.yaml"], [("name", "one")]))
     for a, b in zip(read_rows(one), read_rows(two), strict=True): assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
     assert two.info["status"] == "finished" and two.info["protocol"]["processes"] == 2 and (two/"visual.safetensors").exists()
     assert two.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-4) and not list(two.path.glob("checkpoint*"))

@@ -9,12 +9,12 @@ from pathlib import Path
 import papermill
 import pytest
 
-from reclip_nb.metrics import METRICS
+from reclip_nb.benchmarks import METRICS
 from reclip_nb.paper import EXPERIMENTS, table
-from reclip_nb.report import comparison, report_json, sections, sweep, tradeoff
+from reclip_nb.report import report_json, sections
 from reclip_nb.report.dual import dual_table, plot_dual
-from reclip_nb.runs import finish_run, has_run, runs_root, start_run, write_json
-from reclip_nb.study import graph
+from reclip_nb.report.pages import comparison_table, tradeoff, weight_sweep
+from reclip_nb.study import finish_run, has_run, runs_root, start_run, study_jobs, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = ("epg0.0", "epg0.2", "epg0.4", "epg0.6")
@@ -130,7 +130,7 @@ def make(study: str, shift: float):
     roar(study)
     legrad(study)
     finish_run(start_run(study, "tradeoff", "tradeoff", {}), dict(points=[dict(model=m) for m in SWEEP]))
-    for name, job in graph("tiny").items():   # the rest leaves nothing that is judged
+    for name, job in study_jobs("tiny").items():   # the rest leaves nothing that is judged
         if not has_run(study, name) and name != "report": finish_run(start_run(study, name, job.notebook, {}), {})
 
 
@@ -188,25 +188,25 @@ def test_complete_study(complete):
 
 def test_values_stand_beside_the_paper(complete):
     report = report_json([complete()])
-    t1 = comparison(report, "re.table1").query("protocol == 'zero_shot' and saliency == 'simple_gradient'")
+    t1 = comparison_table(report, "re.table1").query("protocol == 'zero_shot' and saliency == 'simple_gradient'")
     assert [*zip(t1["model"], t1["source"], t1["PG"])] == [
         ("clip", "paper", "9.5"), ("clip", "measured, tiny", "30.0 [28.0, 32.0]"),
         ("aft1", "measured, tiny", "35.0 [33.0, 37.0]"),
         ("aft4", "paper", "33.3"), ("aft4", "original authors", "33.3"), ("aft4", "measured, tiny", "50.0 [48.0, 52.0]")]
-    t6 = comparison(report, "re.table6").query("w_s == 0.6 and saliency == 'grad_eclip'")
+    t6 = comparison_table(report, "re.table6").query("w_s == 0.6 and saliency == 'grad_eclip'")
     assert [*t6["IoU"]] == ["21.5", "74.0 [72.0, 76.0]"]
-    t4 = comparison(report, "re.table4").query("eps_255 == 2 and model == 'aft4'")
+    t4 = comparison_table(report, "re.table4").query("eps_255 == 2 and model == 'aft4'")
     assert [*zip(t4["average"], t4["shapes"])] == [("28.6", "–"), ("28.0", "–"), ("15.0 [13.0, 17.0]", "15.0 [13.0, 17.0]")]
-    t2 = comparison(report, "re.table2").query("similarity == 'cos' and model == 'aft4'")
+    t2 = comparison_table(report, "re.table2").query("similarity == 'cos' and model == 'aft4'")
     assert [*zip(t2["source"], t2["median"])] == [("paper", "0.4996"), ("measured, tiny", "0.3 [0.28, 0.32]")]
-    t3 = comparison(report, "re.table3").query("model == 'aft4'")
+    t3 = comparison_table(report, "re.table3").query("model == 'aft4'")
     assert [*t3["detectors"]] == ["263", "258", "28.8 [28.78, 28.82]"] and t3["percent_of_neurons"].iloc[2].startswith("30 ")
-    t5 = comparison(report, "re.table5").query("eps_255 == 4 and model == 'clip'")
+    t5 = comparison_table(report, "re.table5").query("eps_255 == 4 and model == 'clip'")
     assert [*t5["t2i_r1"]] == ["0.2", "10.0 [8.0, 12.0]"]
-    assert comparison(report, "re.table7")["w_s"].nunique() == 4
-    assert (comparison(report, "re.table1")["saliency"] == "center").sum() == 1         # a control looks at no model
+    assert comparison_table(report, "re.table7")["w_s"].nunique() == 4
+    assert (comparison_table(report, "re.table1")["saliency"] == "center").sum() == 1         # a control looks at no model
     assert [*tradeoff(report)["model"]] == ["clip", "aft1", "aft4", *SWEEP, "epg_from_clip", "epg_from_clip_guarded"]
-    assert sweep(report)["w_s"].tolist() == [0, .2, .4, .6]
+    assert weight_sweep(report)["w_s"].tolist() == [0, .2, .4, .6]
 
 
 def test_every_table_says_protocol_preset_and_images(complete):
@@ -234,7 +234,7 @@ def test_partial_study_says_what_is_missing():
     report = report_json([study])
     assert status(report)["re.table1"] == status(report)["re.table6"] == "partly measured"
     assert status(report)["re.fig1"] == status(report)["re.fig5"] == "not measured"      # a gallery without AFT and EPG
-    assert judged(report)["epg_energy"] == "not measured" and len(sweep(report)) == 1
+    assert judged(report)["epg_energy"] == "not measured" and len(weight_sweep(report)) == 1
 
 
 def test_empty_study(runs):
@@ -266,10 +266,10 @@ def test_corrupt_metrics_are_named(complete, runs):
 
 def test_legrad_stands_beside_the_paper(complete):
     report = report_json([complete()])
-    t8 = comparison(report, "legrad.table8").query("relu and all_layers")
+    t8 = comparison_table(report, "legrad.table8").query("relu and all_layers")
     assert [*zip(t8["model"], t8["source"], t8["positive"].str[:4])] == [
         ("ViT-L-14", "paper", "15.2"), ("ViT-L-14", "measured, tiny", "15.2"), ("ViT-H-14", "paper", "18.3")]
-    t11 = comparison(report, "legrad.table11").query("method == 'chefer_lrp'")
+    t11 = comparison_table(report, "legrad.table11").query("method == 'chefer_lrp'")
     assert [*t11["ts"]] == ["95.0", "95.0 [93.0, 97.0]"]
     text, reason = sections(report), {c["id"]: c["reason"] for c in report["coverage"]}
     assert "on siglip" in text["LeGrad Table 7"] and "n = 96" in text["LeGrad Table 7"] and "rule: made up" in text["LeGrad Table 11"]
@@ -290,7 +290,7 @@ def test_dual_over_seeds_from_the_file_alone(complete, runs):
 @pytest.mark.parametrize("seed", range(4))
 def test_any_subset_of_runs_makes_a_report(complete, runs, seed):
     studies, draw = [complete(f"tiny/quick-seed{i}") for i in range(2)], random.Random(seed)
-    gone = {s: sorted(n for n in graph("tiny") if n != "report" and draw.random() < .5) for s in studies}
+    gone = {s: sorted(n for n in study_jobs("tiny") if n != "report" and draw.random() < .5) for s in studies}
     for s in studies:
         for name in gone[s]: shutil.rmtree(runs/s/name)
     report = report_json(studies)
@@ -318,7 +318,7 @@ def test_undefined_values_are_missing_values(complete, undefined):
     assert found["aft_robust"] == found["aft_energy"] == "not measured" and found["aft_pg"] == "holds"
     assert status(report)["re.table1"] == "partly measured"
     assert "nan" not in texts(report).lower().split() and "None" not in texts(report).split()
-    row = comparison(report, "re.table1").query(
+    row = comparison_table(report, "re.table1").query(
         "protocol == 'zero_shot' and saliency == 'simple_gradient' and model == 'aft4' and source == 'measured, tiny'")
     assert row["PG-energy"].item() == "–"
     json.dumps(report, allow_nan=False)

@@ -9,11 +9,24 @@ from helpers import golden
 from PIL import Image
 
 from reclip_nb.attacks import pgd
-from reclip_nb.clip import load_clip
 from reclip_nb.data import open_dataset
-from reclip_nb.retrieval import (TIES, chance_at_k, embedding_attack, encode_texts, gallery_batches, gallery_embeddings, gallery_texts,
-                                 margin, margin_attack, paraphrases, part_of, recall_at_k, retrieval_ranks)
-from reclip_nb.shapes import COLOURS, WORLDS, ShapesDataset
+from reclip_nb.evaluations import recall_at_k, retrieval_ranks
+from reclip_nb.evaluations.retrieval import (
+    TIES,
+    captions_of_images,
+    chance_at_k,
+    embedding_attack,
+    encode_texts,
+    gallery_batches,
+    gallery_embeddings,
+    gallery_texts,
+    margin,
+    margin_attack,
+    paraphrases,
+)
+from reclip_nb.models import load_clip
+from reclip_nb.worlds import WORLDS, ShapesDataset
+from reclip_nb.worlds.shapes import COLOURS
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +131,7 @@ def test_chance_is_the_mean_over_orders():
 
 def test_part_of_a_gallery():
     txt, cap2img = torch.arange(10.)[:, None], torch.tensor([3, 0, 1, 2, 3, 0, 1, 2, 2, 3])
-    some, places = part_of(txt, cap2img, torch.tensor([2, 0]))
+    some, places = captions_of_images(txt, cap2img, torch.tensor([2, 0]))
     assert some[:, 0].tolist() == [1, 3, 5, 7, 8] and places.tolist() == [1, 0, 1, 0, 0]
 
 
@@ -168,7 +181,7 @@ def test_an_unreadable_photograph_leaves_with_its_captions(tmp_path):
     rows, texts, cap2img = gallery_texts(data)
     assert len(rows) == 6 and len(texts) == 30 and cap2img.tolist() == [k for k in range(6) for _ in range(5)]
     places = torch.cat([own for _, own in gallery_batches(data, rows, 4)])
-    txt, some = part_of(torch.arange(30.)[:, None], cap2img, places)
+    txt, some = captions_of_images(torch.arange(30.)[:, None], cap2img, places)
     assert places.tolist() == [0, 1, 2, 3, 4] and txt[:, 0].tolist() == list(range(25)) and some.max() == 4
 
 

@@ -8,11 +8,25 @@ from helpers import golden
 from scipy.ndimage import convolve
 from test_experiments import metrics, papermill
 
+from reclip_nb.benchmarks.fills import apply_removal, linear_fill
 from reclip_nb.benchmarks.perturbation import linear_fill as iterative_fill
-from reclip_nb.clip import load_clip, save_clip
-from reclip_nb.roar import (Removal, Retraining, Split, apply_removal, hits_of, linear_fill, removal_count, removal_mask, removed, retrain, roar_run,
-                            roar_table, split_maps, static_maps, tie_counts)
-from reclip_nb.runs import Run, start_run
+from reclip_nb.benchmarks.roar import (
+    Removal,
+    Retraining,
+    Split,
+    removal_count,
+    removal_mask,
+    removed,
+    retrain,
+    roar_run,
+    roar_table,
+    static_maps,
+    tie_counts,
+)
+from reclip_nb.benchmarks.roar.images import split_maps
+from reclip_nb.benchmarks.roar.trainings import hits_of
+from reclip_nb.models import load_clip, save_clip
+from reclip_nb.study import Run, start_run
 
 GOLDEN = golden("robust", "roar_masks.npz")
 

@@ -14,9 +14,19 @@ import torch.nn.functional as F
 from helpers import GOLDEN, golden
 from safetensors.torch import load_file
 
-from reclip_nb.attacks import apgd, auto_pgd, checkpoints, dlr, dlr_targeted, nearest_classes, wrong
-from reclip_nb.attacks.auto import AttackResult, paper_checkpoints
-from reclip_nb.robust import robust_eval, robust_table, scale_of, verified
+from reclip_nb.attacks import (
+    AttackResult,
+    apgd,
+    auto_pgd,
+    checkpoints,
+    dlr,
+    dlr_targeted,
+    misclassified,
+    nearest_classes,
+)
+from reclip_nb.attacks.apgd import paper_checkpoints
+from reclip_nb.evaluations import robust_eval, robust_table
+from reclip_nb.evaluations.attacked import scale_of, verified
 
 FOLDER = GOLDEN/"robust"
 CASES = sorted(p.stem for p in FOLDER.glob("apgd_*.npz"))
@@ -125,7 +135,7 @@ def test_compaction_changes_no_decision(some, loss):
     assert torch.equal(whole.broken, small.broken) and whole.broken.any() and not whole.broken.all()
     assert whole.n_forward == 16*42 and whole.n_backward == 16*40
     assert small.n_forward < whole.n_forward
-    assert torch.equal(wrong(tiny()(small.x_adv), some[1]), small.broken), "every break is one"
+    assert torch.equal(misclassified(tiny()(small.x_adv), some[1]), small.broken), "every break is one"
 
 
 def test_batches_do_not_matter(data):
@@ -152,11 +162,11 @@ def test_coarse_gradients_claim_nothing_false(data):
     f, claims = tiny(), []
     def coarse(v):
         logits = f(v)
-        if torch.is_autocast_enabled("cpu"): claims.append(wrong(logits, data["y"][:len(v)]))
+        if torch.is_autocast_enabled("cpu"): claims.append(misclassified(logits, data["y"][:len(v)]))
         return logits
     found = apgd(coarse, data["x"], data["y"], eps=10/255, n_iter=30, grad_dtype=torch.bfloat16)
     assert claims and found.x_adv.dtype == torch.float32
-    assert torch.equal(wrong(f(found.x_adv), data["y"]), found.broken)
+    assert torch.equal(misclassified(f(found.x_adv), data["y"]), found.broken)
 
 
 def test_any_objective_climbs_higher_than_sign_steps(some):

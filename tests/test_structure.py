@@ -11,7 +11,7 @@ import pytest
 import yaml
 from readme import build
 
-from reclip_nb.study import graph
+from reclip_nb.study import study_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
@@ -154,13 +154,13 @@ def test_cluster_profile():
            "--config", "preset=paper", "world=imagenet"]   # the SLURM plugin itself need not be here
     run = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert {*re.findall(r"Job \d+: paper/imagenet-seed0/(\S+)", run.stdout)} == graph("paper").keys()
+    assert {*re.findall(r"Job \d+: paper/imagenet-seed0/(\S+)", run.stdout)} == study_jobs("paper").keys()
 
 
 def test_resources_name_notebooks():
     table = yaml.safe_load((ROOT/"configs"/"resources.yaml").read_text())
     for preset, entries in table.items():
-        assert entries.keys() <= {"default", *(job.notebook for job in graph(preset).values())}
+        assert entries.keys() <= {"default", *(job.notebook for job in study_jobs(preset).values())}
         assert all(e.keys() == {"threads", "gpu", "mem", "runtime"} for e in entries.values())
 
 

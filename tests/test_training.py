@@ -2,13 +2,13 @@
 import pytest
 import torch
 
-from reclip_nb.aft import AFT, Attack, aft_loss
-from reclip_nb.clip import frozen, load_clip
 from reclip_nb.data import step_batches
-from reclip_nb.epg import EPG, epg_loss
-from reclip_nb.runs import read_rows, start_run
-from reclip_nb.shapes import ShapesDataset, World
-from reclip_nb.training import FitConfig, drop_checkpoints, energy_meter, energy_used, fit, schedule
+from reclip_nb.models import frozen, load_clip
+from reclip_nb.objectives import AFT, EPG, Attack, aft_loss, epg_loss
+from reclip_nb.study import read_rows, start_run
+from reclip_nb.training import FitConfig, energy_meter, energy_used, fit, schedule
+from reclip_nb.training.checkpoints import drop_checkpoints
+from reclip_nb.worlds import ShapesDataset, World
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import torch
 
 from reclip_nb.benchmarks.localisation import masked_batches, text_source
 from reclip_nb.benchmarks.transfer import concentration, gain_table, pooled, transfer_scores, transfer_table
-from reclip_nb.clip import frozen, load_clip
 from reclip_nb.data import open_dataset
-from reclip_nb.elsewhere import KINDS, Elsewhere
-from reclip_nb.probe import ColouredScenes, six_classes
-from reclip_nb.shapes import COLOURS, WORDS, ShapesDataset
+from reclip_nb.evaluations.probe import ColouredScenes, six_classes
+from reclip_nb.models import frozen, load_clip
+from reclip_nb.worlds import Elsewhere, ShapesDataset
+from reclip_nb.worlds.shapes import COLOURS, WORDS
+from reclip_nb.worlds.unseen import KINDS
 
 WORDS_OF_MEDICINE = "a an benign chest colonoscopy dermoscopy image lesion melanoma of photo polyp skin x-ray".split()
 

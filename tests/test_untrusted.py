@@ -2,22 +2,19 @@
 import ast
 import csv
 import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from reclip_nb import study
-from reclip_nb.benchmarks.funnybirds import FunnyBirds
 from reclip_nb.benchmarks.pointwise import PointPhotos
-from reclip_nb.data import open_dataset
-from reclip_nb.dissect.broden import BrodenFolder, make_broden
-from reclip_nb.photos import Photos, Unreadable, inside
+from reclip_nb.data import FunnyBirds, Photos, open_dataset
+from reclip_nb.data.photos import Unreadable, path_inside
+from reclip_nb.dissect import BrodenFolder, make_broden
+from reclip_nb.study import graph
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT/"reclip_nb").rglob("*.py")), *sorted((ROOT/"nbs").rglob("*.ipynb")), ROOT/"tests"/"pages.py", ROOT/"setup.py"]
@@ -81,7 +78,7 @@ def test_settings_are_data(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIP_ROOT", str(tmp_path))
     (tmp_path/"configs").mkdir()
     for name in ("configs/graph.yaml", "settings.yaml"): (tmp_path/name).write_text(f"clip: {EVIL}\n")
-    for read in (lambda: study.graph("tiny"), lambda: read_yaml_file(str(tmp_path/"settings.yaml"))):
+    for read in (lambda: graph.study_jobs("tiny"), lambda: read_yaml_file(str(tmp_path/"settings.yaml"))):
         with pytest.raises(yaml.constructor.ConstructorError, match="os.system"): read()
     assert not (tmp_path/"pwned").exists()
 
@@ -196,7 +193,7 @@ def test_no_loader_leaves_its_folder(tmp_path, loader, way):
 
 @pytest.mark.parametrize("name", [5, None, "", ["a.jpg"]])
 def test_a_name_is_a_text(name):
-    with pytest.raises(ValueError, match="no file name"): inside(Path("data"), name)
+    with pytest.raises(ValueError, match="no file name"): path_inside(Path("data"), name)
 
 
 def test_links_lead_where_the_owner_put_them(tmp_path):
@@ -204,9 +201,9 @@ def test_links_lead_where_the_owner_put_them(tmp_path):
     photo(tmp_path/"disk"/"below"/"a.jpg"), photo(tmp_path/"disk"/"b.jpg")
     (tmp_path/"set").mkdir()
     (tmp_path/"set"/"linked").symlink_to(tmp_path/"disk"/"below")
-    assert inside(tmp_path/"set", "linked/a.jpg").exists()
-    assert not inside(tmp_path/"set", "linked/../b.jpg").exists(), "set/b.jpg, not disk/b.jpg"
-    with pytest.raises(ValueError, match="leads out"): inside(tmp_path/"set", "linked/../../b.jpg")
+    assert path_inside(tmp_path/"set", "linked/a.jpg").exists()
+    assert not path_inside(tmp_path/"set", "linked/../b.jpg").exists(), "set/b.jpg, not disk/b.jpg"
+    with pytest.raises(ValueError, match="leads out"): path_inside(tmp_path/"set", "linked/../../b.jpg")
 
 
 @pytest.mark.parametrize("name, table", [("isic", "labels.csv"), ("chest_xray", "Data_Entry_2017.csv")])

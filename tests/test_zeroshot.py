@@ -8,12 +8,12 @@ from open_clip import CLIP
 from safetensors.torch import load_file
 from torchvision.datasets import Imagenette
 
-from reclip_nb.clip import Clip, load_clip
-from reclip_nb.data import open_dataset
-from reclip_nb.prompts import EUROSAT, IMAGENETTE, PAPER_TEMPLATES, STL10, TEMPLATES, caltech_name, class_prompts, imagenet_names, synsets
-from reclip_nb.shapes import CLASSES, prompts
-from reclip_nb.zeroshot import ClipClassifier, correct, held_out, logit_scale, mean_direction, prompts_of, robustness_probe, text_classifier
-
+from reclip_nb.data import class_prompts, imagenet_names, open_dataset
+from reclip_nb.data.prompts import EUROSAT, IMAGENETTE, PAPER_TEMPLATES, STL10, TEMPLATES, caltech_name, synsets
+from reclip_nb.evaluations import ClipClassifier, held_out, prompts_of, robustness_probe, text_classifier
+from reclip_nb.evaluations.zeroshot import correct, logit_scale, mean_direction
+from reclip_nb.models import Clip, load_clip
+from reclip_nb.worlds import CLASSES, prompts
 
 # Weights
 

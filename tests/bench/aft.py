@@ -25,18 +25,18 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.nn.functional as F
+from machine import machine
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from machine import machine
-from reclip_nb.aft import AFT, Attack
-from reclip_nb.clip import check_pixels, frozen, load_clip
-from reclip_nb.epg import EPG, epg_loss
 from reclip_nb.explain import EXPLAINERS, explain
-from reclip_nb.fast import FastClip, Live
-from reclip_nb.training import FitConfig, autocast, backward, gradient_norm, optimizer, step_generator
+from reclip_nb.models import AttackEncoder, UpdateEncoder, check_pixels, frozen, load_clip
+from reclip_nb.objectives import AFT, EPG, Attack, epg_loss
+from reclip_nb.training import FitConfig
+from reclip_nb.training.loop import backward, gradient_norm
+from reclip_nb.training.schedule import autocast, optimizer, step_generator
 
 MODEL, STEPS, EPS, ALPHA, ETA, SIGMA, LR = "ViT-B-16-quickgelu", 10, 4/255, 1/255, 1/255, 1/255, 1e-5
 FASTER = dict(fp32=1.05, bf16=2.8)              # at least this often as fast as plain, on the CPU
@@ -195,7 +195,7 @@ def kept(forward, x, *more):
 
 def forwards(student, target, precision):
     "The two forward passes of a step, and that of the saliency term, ours."
-    fast, device = FastClip(student), target.device
+    fast, device = AttackEncoder(student), target.device
     def of(encode):
         def run(x):
             with autocast(device, precision): return encode(fast.sync(), x)
@@ -203,7 +203,7 @@ def forwards(student, target, precision):
     def epg(x, mask):
         with autocast(device, precision): return epg_loss(student, target[:len(x)], x, mask)
     with autocast(device, precision): fast.sync()       # makes the copy
-    return dict(attack=of(lambda f, x: f.encode_image(x.requires_grad_())), update=of(lambda f, x: Live(f).encode_image(x)), epg=epg)
+    return dict(attack=of(lambda f, x: f.encode_image(x.requires_grad_())), update=of(lambda f, x: UpdateEncoder(f).encode_image(x)), epg=epg)
 
 
 # ---- the CPU's tables ---------------------------------------------------------------------------------------

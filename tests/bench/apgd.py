@@ -19,14 +19,13 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.nn.functional as F
+from machine import machine
 from sklearn.datasets import load_digits
 from torch import nn
 
-from machine import machine
 from reclip_nb.attacks import apgd
-from reclip_nb.clip import load_clip
-from reclip_nb.robust import robust_eval
-from reclip_nb.zeroshot import ClipClassifier
+from reclip_nb.evaluations import ClipClassifier, robust_eval
+from reclip_nb.models import load_clip
 
 SHORT, LONG, BATCH = 1, 4, 2
 EPS = 1e-6                     # of the timed attacks: nothing breaks, so that every image is attacked to the end

@@ -19,7 +19,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.nn.functional as F
-
 from machine import machine
 
 METRICS = ("soft_wpmi", "wpmi", "cos", "cos_cubed", "pearson")
@@ -87,7 +86,7 @@ def peak(reset=False):
 def work(images, concepts):
     "Answer requests on stdin: one JSON object a line, {metric, dense}."
     torch.set_num_threads(1)
-    from reclip_nb.dissect.similarity import similarity
+    from reclip_nb.dissect import similarity
     empty, case = peak(), inputs(images, concepts)
     for line in sys.stdin:
         ask = json.loads(line)

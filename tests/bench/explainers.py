@@ -24,7 +24,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.nn.functional as F
-
 from machine import machine
 
 LAYER = 8                                   # of Grad-CAM, block index from 0

@@ -30,17 +30,17 @@ import numpy as np
 import open_clip
 import torch
 import torchvision
+from machine import machine
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from machine import machine
-from reclip_nb.batches import step_batches, step_indices
-from reclip_nb.data import open_dataset
+from reclip_nb.data import Geometry, open_dataset, step_batches
+from reclip_nb.data.batches import step_indices
+from reclip_nb.data.photos import read_rgb
 from reclip_nb.data.tars import shard_index
-from reclip_nb.photos import Geometry, read_rgb
 
 SIZE, BATCH, CORES, TARGET = 224, 32, 16, 600     # pixels, photographs, and the rate asked for
 GRAIN = 20                                        # levels

@@ -19,7 +19,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.nn.functional as F
-
 from machine import machine
 
 CAPTIONS, WIDTH, KS = 5, 512, (1, 5)
@@ -39,7 +38,7 @@ def embeddings(images, noise=.15):
 # ---- programs -----------------------------------------------------------------------------------------------
 
 def ours(img, txt, cap2img):
-    from reclip_nb.retrieval import recall_at_k
+    from reclip_nb.evaluations import recall_at_k
     return recall_at_k(img, txt, cap2img, KS)["mean"].tolist()
 
 

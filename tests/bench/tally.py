@@ -19,9 +19,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-
 from machine import machine
+from PIL import Image
 
 UNITS, GRID, SIZE = 768, 14, 112
 ACTIVE = (.07, .22, .45)          # shares of (image, unit) pairs above the threshold
@@ -131,7 +130,7 @@ def setting():
 
 
 def main(args):
-    from reclip_nb.dissect.broden import BrodenFolder
+    from reclip_nb.dissect import BrodenFolder
     torch.set_num_threads(1)
     rng, rows = np.random.default_rng(0), []
     with tempfile.TemporaryDirectory() as folder:
