@@ -9,7 +9,6 @@ from scipy.ndimage import convolve
 from test_experiments import metrics, papermill
 
 from reclip_nb.benchmarks.fills import apply_removal, linear_fill
-from reclip_nb.benchmarks.perturbation import linear_fill as iterative_fill
 from reclip_nb.benchmarks.roar import (
     Removal,
     Retraining,
@@ -63,11 +62,10 @@ def test_random_ties_do_not_prefer_a_place_and_follow_the_generator():
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
-def test_linear_filling_agrees_with_conjugate_gradients_and_is_harmonic():
+def test_linear_filling_is_harmonic():
     g = torch.Generator().manual_seed(0)
     x, hole = torch.rand(4, 3, 16, 20, generator=g, dtype=torch.float64), torch.rand(4, 16, 20, generator=g) < torch.tensor([.25, .5, .75, .95])[:, None, None]
-    filled = linear_fill(x, hole)
-    torch.testing.assert_close(filled, iterative_fill(x, hole, tol=1e-12), atol=1e-9, rtol=0)
+    filled = linear_fill(x, hole, tol=1e-12)
     assert torch.equal(filled[~hole[:, None].expand_as(x)], x[~hole[:, None].expand_as(x)])
     w = np.array([[1, 2, 1], [2, 0, 2], [1, 2, 1]])/12
     around = lambda v: convolve(v, w, mode="constant")
@@ -109,7 +107,7 @@ def test_the_better_map_falls_faster_and_a_killed_run_goes_on(tmp_path, monkeypa
         calls.append(1)
         return retrain(*args, **kwargs)
 
-    monkeypatch.setattr("reclip_nb.roar.retrain", killed)
+    monkeypatch.setattr("reclip_nb.benchmarks.roar.trainings.retrain", killed)
     with pytest.raises(KeyboardInterrupt): go()
     assert len((run/"trainings.jsonl").read_text().splitlines()) == 4
     calls.append("no more kills")

@@ -15,7 +15,7 @@ from reclip_nb.study import study_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
-API = sorted(NBS.glob("api/*.ipynb"))
+API = sorted(NBS.rglob("api/**/*.ipynb"))
 PAGES = [NBS/f"{name}.ipynb" for name in ("index", "results", "benchmarks", "equations", "protocols", "paper_scale", "faq")]   # read, not run by papermill
 EXPERIMENTS = sorted(set(NBS.glob("*.ipynb"))-set(PAGES))
 NOTEBOOKS = sorted(NBS.rglob("*.ipynb"))

@@ -17,7 +17,7 @@ from reclip_nb.dissect import BrodenFolder, make_broden
 from reclip_nb.study import graph
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [*sorted((ROOT/"reclip_nb").rglob("*.py")), *sorted((ROOT/"nbs").rglob("*.ipynb")), ROOT/"tests"/"pages.py", ROOT/"setup.py"]
+SOURCES = [*sorted((ROOT/"reclip_nb").rglob("*.py")), *sorted((ROOT/"nbs").rglob("*.ipynb")), *sorted((ROOT/"tools").glob("*.py")), ROOT/"setup.py"]
 
 
 # Nothing runs what it reads
@@ -25,7 +25,7 @@ SOURCES = [*sorted((ROOT/"reclip_nb").rglob("*.py")), *sorted((ROOT/"nbs").rglob
 NEVER = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load",
          "joblib.load", "marshal.loads", "pd.read_pickle", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "pd.eval",
          "torch.hub.load", "runpy.run_path", "shelve.open"}
-ONCE = {"torch.jit.load": ("clip.py", "02_clip.ipynb")}   # OpenAI's releases of the weights are TorchScript archives
+ONCE = {"torch.jit.load": ("weights.py", "weights.ipynb")}   # OpenAI's releases of the weights are TorchScript archives
 
 
 def code(path: Path) -> str:

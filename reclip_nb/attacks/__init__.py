@@ -11,7 +11,17 @@ __all__ = ['PENALTIES', 'block_l2', 'check_budget', 'elastic', 'gaussian', 'hube
 from .apgd import AttackResult, apgd, ascend, auto_pgd, checkpoints
 from .losses import cross_entropy, dlr, dlr_targeted, misclassified, nearest_classes
 from reclip_nb.attacks.pgd import (
-    PENALTIES, block_l2, check_budget, elastic, gaussian, huber_dual, noisy, pgd, pixel_l2, project, random_like,
+    PENALTIES,
+    block_l2,
+    check_budget,
+    elastic,
+    gaussian,
+    huber_dual,
+    noisy,
+    pgd,
+    pixel_l2,
+    project,
+    random_like,
     step_direction,
 )
 

@@ -9,7 +9,14 @@ __all__ = ['METRICS', 'average_precision', 'energy_pointing', 'iou', 'localisati
 # %% ../../nbs/api/benchmarks/index.ipynb #imports
 from .localisation import localisation_table
 from reclip_nb.benchmarks.metrics import (
-    METRICS, average_precision, energy_pointing, iou, localisation_scores, pixel_accuracy, pointing_game, score_table,
+    METRICS,
+    average_precision,
+    energy_pointing,
+    iou,
+    localisation_scores,
+    pixel_accuracy,
+    pointing_game,
+    score_table,
 )
 from .segmentation import MeanThresholdSegmentation, PointwiseMIoU
 from .subjects import Subject

@@ -20,7 +20,8 @@ from torchvision.datasets import CIFAR10, STL10, FGVCAircraft
 
 from .base import first_existing, missing
 from .photos import Geometry, Photos, Unreadable, read_rgb
-from .prompts import STL10 as STL10_CLASSES, TEMPLATES
+from .prompts import STL10 as STL10_CLASSES
+from .prompts import TEMPLATES
 
 # %% ../../nbs/api/data/small.ipynb #b4063617
 def _published(

@@ -9,7 +9,15 @@ __all__ = ['NULLS', 'alignment_summary', 'best_words', 'describe', 'gain', 'mono
 
 # %% ../../nbs/api/dissect/index.ipynb #imports
 from reclip_nb.dissect.alignment import (
-    NULLS, alignment_summary, best_words, describe, gain, monosemanticity, plot_alignment, rotated, shuffled,
+    NULLS,
+    alignment_summary,
+    best_words,
+    describe,
+    gain,
+    monosemanticity,
+    plot_alignment,
+    rotated,
+    shuffled,
 )
 from .broden import BrodenFolder, make_broden
 from .network import netdissect, top_quantile

@@ -19,8 +19,17 @@ from torch import Tensor
 from ..attacks.losses import misclassified
 from ..attacks.pgd import check_budget
 from reclip_nb.evaluations.attacked import (
-    BROKEN, STANDS, UNDEFINED, RobustState, attack_all, attack_runs, check_model, clean_logits, evaluation_key,
-    noise_seeds, scale_of,
+    BROKEN,
+    STANDS,
+    UNDEFINED,
+    RobustState,
+    attack_all,
+    attack_runs,
+    check_model,
+    clean_logits,
+    evaluation_key,
+    noise_seeds,
+    scale_of,
 )
 from ..study.statistics import wilson
 

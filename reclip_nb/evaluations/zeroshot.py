@@ -19,7 +19,8 @@ from ..data.catalogue import open_dataset
 from ..data.prompts import PAPER_TEMPLATES, class_prompts
 from ..models.clip import Clip
 from ..models.encoders import frozen_encoder
-from ..worlds.shapes import ShapesDataset, prompts as shapes_prompts
+from ..worlds.shapes import ShapesDataset
+from ..worlds.shapes import prompts as shapes_prompts
 
 # %% ../../nbs/api/evaluations/zeroshot.ipynb #916de150
 def prompts_of(

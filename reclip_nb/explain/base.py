@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPLAINERS', 'PRESETS', 'Tap', 'class_weights', 'check_texts', 'check_inputs', 'open_tap', 'BlockState',
-           'block_state', 'qkv', 'patches', 'need_class_token', 'vjp', 'resize', 'clip99', 'explainer', 'options',
-           'lookup', 'random', 'center', 'minmax']
+           'block_state', 'qkv', 'patches', 'need_class_token', 'vjp', 'resize', 'clip99', 'minmax', 'explainer',
+           'options', 'lookup', 'random', 'center']
 
 # %% ../../nbs/api/explain/base.ipynb #imports
 import inspect
@@ -30,7 +30,7 @@ class Tap:
     clip: nn.Module | None  # the `Clip` that normalises them, if there is one
     score: str = "cosine"  # what is explained, see `blocks.SCORES`
     chunk: int = 8  # texts per batched vector-Jacobian product
-    live: bool = False  # True: the states have a graph
+    trainable: bool = False  # True: the states have a graph
     states: list[Tensor] = field(default_factory=list)  # as far as computed, see `state`
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Tap:
 
     def state(self, l: int) -> Tensor:
         "The input of block l (l = L: the last output), without a graph; computed as far as it is asked for."
-        with torch.set_grad_enabled(self.live):
+        with torch.set_grad_enabled(self.trainable):
             if not self.states: self.states.append(self.tower.embed(self.prepare(self.images)))
             while (n := len(self.states)) <= l: self.states.append(self.tower.block(self.states[-1], n-1))
         return self.states[l]
@@ -95,20 +95,20 @@ def open_tap(
     score: str = "cosine",  # "cosine", "dot" for class weights, or "class" for classes of the model itself
     chunk: int = 8,  # texts per batched vector-Jacobian product
     antialias: bool = True,  # of a resampled position embedding, see `blocks.resample_posemb`
-    live: bool = False,  # True: gradients reach the parameters
+    trainable: bool = False,  # True: gradients reach the parameters
 ) -> tuple[Tap, Tensor]:  # the tap, and the texts as (B, T, D)
     "Checked inputs in the type and on the device of the model. ValueError says what does not fit."
     known = (*SCORES, "class")
     if score not in known: raise ValueError(f"score {score!r}: choose one of {known}")
     clip = model if hasattr(model, "normalize") else None
     images = check_inputs(images) if clip is None else check_pixels(images)
-    tower = as_tower(model, tuple(images.shape[-2:]), live=live, antialias=antialias)
+    tower = as_tower(model, tuple(images.shape[-2:]), trainable=trainable, antialias=antialias)
     like = next(tower.visual.parameters())
     own = [t.detach().clone() if t.is_inference() else t.detach() for t in (images, texts)]
     images, texts = own[0].to(like.device, like.dtype), own[1].to(like.device)
     if score == "class": texts, score = class_weights(texts, tower), "dot"
     texts = check_texts(texts.to(full(like).dtype), tower, len(images))
-    return Tap(tower, images, clip, score, chunk, live), texts
+    return Tap(tower, images, clip, score, chunk, trainable), texts
 
 # %% ../../nbs/api/explain/base.ipynb #d43eb87a
 @dataclass
@@ -130,7 +130,7 @@ def block_state(
 ) -> BlockState:
     "Block l at work. TypeError for a block that is not plain."
     blk, x = tap.tower.view(l), tap.state(l)
-    with torch.set_grad_enabled(tap.live):
+    with torch.set_grad_enabled(tap.trainable):
         q, k, v = blk.qkv(blk.norm1(x))
         y = blk.residual(x[:, rows], blk.attend(q[:, rows], k, v, heads))
         a = blk.mlp.hidden(y)
@@ -201,6 +201,14 @@ def clip99(
     hi = maps.flatten(-2).quantile(q, dim=-1)[..., None, None]
     return torch.where(hi > lo, (maps-lo)/torch.where(hi > lo, hi-lo, 1.), 0.).clamp(0, 1)
 
+# %% ../../nbs/api/explain/base.ipynb #cb8aaf33
+def minmax(
+    maps: Tensor,  # (...,H,W)
+) -> Tensor:  # same shape, each map on [0,1]; a constant map gives zeros
+    "Each map scaled to [0,1]."
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / torch.where(high > low, high - low, 1)
+
 # %% ../../nbs/api/explain/base.ipynb #9fda0d2b
 EXPLAINERS: dict[str, Callable] = {}  # name -> function(tap, texts, **options) -> maps (B, T, h, w)
 PRESETS: dict[str, tuple[str, dict]] = {}  # "method:variant" -> (method, options)
@@ -255,11 +263,3 @@ def center(
     "Control: a Gaussian at the image centre, the same for every image and text."
     y, x = (torch.exp(-(((torch.arange(n)+.5)/n-.5)/sigma)**2/2) for n in tap.images.shape[-2:])
     return (y[:, None]*x).to(texts).expand(*texts.shape[:2], -1, -1)
-
-# %% ../../nbs/api/explain/base.ipynb #cb8aaf33
-def minmax(
-    maps: Tensor,  # (...,H,W)
-) -> Tensor:  # same shape, each map on [0,1]; a constant map gives zeros
-    "Each map scaled to [0,1]."
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / torch.where(high > low, high - low, 1)

@@ -28,12 +28,12 @@ def input_gradient(
     chunk: int = 8,  # texts per batched product (ignored with create_graph)
 ) -> Tensor:  # (B, T, 3, H, W)
     "Gradient of the score with respect to the images ([Re] Section 3.3)."
-    tower = as_tower(model, x.shape[-2:], live=create_graph)
+    tower = as_tower(model, x.shape[-2:], trainable=create_graph)
     x = x if x.requires_grad else x.detach().requires_grad_()
     math = sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
-    lean = create_graph and torch.is_autocast_enabled(x.device.type)
+    products = create_graph and torch.is_autocast_enabled(x.device.type)
     with torch.enable_grad(), math:
-        f = (tower.encode_twice if lean else tower.encode)(model.normalize(x) if hasattr(model, "normalize") else x)
+        f = (tower.encode_second_order if products else tower.encode)(model.normalize(x) if hasattr(model, "normalize") else x)
         return vjp(scores(f, texts, score), [x], chunk, create_graph)[0]
 
 # %% ../../nbs/api/explain/gradients.ipynb #1fb93013

@@ -112,7 +112,7 @@ def trainable_maps(
     "Maps with a graph to the model's parameters. ValueError for a method that is no closed form."
     fn, options = lookup(method, **kw)
     with torch.enable_grad():
-        tap, texts = open_tap(model, images, texts, score, chunk, antialias, live=True)
+        tap, texts = open_tap(model, images, texts, score, chunk, antialias, trainable=True)
         maps = fn(tap, texts, **options)
     if not maps.requires_grad:
         raise ValueError(f"{method} has no graph to the parameters, or all are frozen; use a closed form: "

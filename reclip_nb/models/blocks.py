@@ -17,10 +17,10 @@ from torch import Tensor, nn
 # %% ../../nbs/api/models/blocks.ipynb #3017315b
 def shadow(
     module: nn.Module,  # any module; it is only read
-    live: bool = False,  # True: share the parameters themselves, so that gradients reach them
+    trainable: bool = False,  # True: share the parameters themselves, so that gradients reach them
     memo: dict | None = None,  # shadows made so far, so that a module used twice stays one module
 ) -> nn.Module:
-    "A module tree over the same tensors: evaluation mode, no hooks, detached parameters unless `live`."
+    "A module tree over the same tensors: evaluation mode, no hooks, detached parameters unless `trainable`."
     memo = {} if memo is None else memo
     if module in memo: return memo[module]
     twin = memo[module] = type(module).__new__(type(module))
@@ -29,10 +29,10 @@ def shadow(
     twin.__dict__.update({k: v for k, v in vars(module).items() if k not in own})
     for name, p in module._parameters.items():
         frozen = None if p is None else nn.Parameter(p.detach(), requires_grad=False)
-        twin.register_parameter(name, p if live else frozen)
+        twin.register_parameter(name, p if trainable else frozen)
     for name, b in module._buffers.items(): twin.register_buffer(name, b)
     for name, m in module._modules.items():
-        twin.add_module(name, None if m is None else shadow(m, live, memo))
+        twin.add_module(name, None if m is None else shadow(m, trainable, memo))
     twin.training = False
     return twin
 

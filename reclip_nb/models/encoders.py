@@ -34,7 +34,7 @@ def frozen_encoder(
 ) -> Callable[[Tensor], Tensor]:  # the tower's own input (B,3,H,W) -> embeddings (B,D), not normalised
     "The embedding in evaluation mode; gradients reach the input, not the parameters."
     visual = getattr(model, "visual", model)
-    try: return as_tower(visual).fast
+    try: return as_tower(visual).encode_products
     except TypeError: return shadow(visual)  # an architecture we do not know: its own forward pass
 
 # %% ../../nbs/api/models/encoders.ipynb #64bbdbae
@@ -62,7 +62,7 @@ def has_product_form(
     try: tower = as_tower(visual)
     except TypeError: return False
     pooled = isinstance(tower, OpenClipViT) and tower.pooler is not None
-    return isinstance(tower, ViT) and not pooled and all(tower.plain(l) for l in range(tower.n_layers))
+    return isinstance(tower, ViT) and not pooled and all(tower.is_standard(l) for l in range(tower.n_layers))
 
 
 def has_dropout(
@@ -97,12 +97,12 @@ def master_gradients(
 # %% ../../nbs/api/models/encoders.ipynb #997759bd
 def product_encoder(
     twin: nn.Module,  # a shadow of an image tower that has a lean form, which it takes over
-    live: nn.Module | None = None,  # the tower itself, for an update: recomputed in the backward pass if it asks for it
+    master: nn.Module | None = None,  # the tower itself, for an update: recomputed in the backward pass if it asks for it
 ) -> Callable[[Tensor], Tensor]:  # the tower's own input (B,3,H,W) -> embeddings (B,D), not normalised
     "The lean pass of a tower."
     tower = tower_over(twin)
     steps = product_steps(tower)
-    recompute = live is not None and any(getattr(m, "grad_checkpointing", False) for m in live.modules())
+    recompute = master is not None and any(getattr(m, "grad_checkpointing", False) for m in master.modules())
     return lambda x: tower.through(x, steps, recompute)
 
 # %% ../../nbs/api/models/encoders.ipynb #30dc7b77
@@ -126,7 +126,7 @@ class Bf16Copy:
         "The tower's own input (B,3,H,W) -> embeddings (B,D), float32."
         with torch.autocast(x.device.type, enabled=False): return self.encode(x.bfloat16())
 
-    def live(self, x: Tensor) -> Tensor:
+    def with_gradients(self, x: Tensor) -> Tensor:
         "The same, with gradients for the weights of the tower."
         with torch.autocast(x.device.type, enabled=False):
             return product_encoder(master_gradients(self.visual, self.copy), self.visual)(x.bfloat16())
@@ -140,12 +140,12 @@ class AttackEncoder:
         fixed: bool = False,  # its weights never change: a reference
     ):
         self.clip, self.compiled, self.fixed, self.copy, self.run = clip, compiled, fixed, None, None
-        self.lean = has_product_form(clip.visual)
+        self.by_products = has_product_form(clip.visual)
 
     def sync(self) -> "AttackEncoder":
         "Take over the model's weights as they are now: under autocast into the bfloat16 copy. Call it once per step."
         visual, device = self.clip.visual, self.clip.mean.device.type
-        if not torch.is_autocast_enabled(device) or not self.lean: self.run = frozen_encoder(visual)
+        if not torch.is_autocast_enabled(device) or not self.by_products: self.run = frozen_encoder(visual)
         else:
             fresh = self.copy is None
             if fresh: self.copy = Bf16Copy(visual, self.compiled)
@@ -167,31 +167,31 @@ class UpdateTower:
     def __init__(self,
         visual: nn.Module,  # the tower
     ):
-        self.visual, self.lean = visual, has_product_form(visual) and not has_dropout(visual)
+        self.visual, self.by_products = visual, has_product_form(visual) and not has_dropout(visual)
 
     def __call__(self, x: Tensor) -> Tensor:
-        "The tower's own input (B,3,H,W) -> what it returns in training mode; where `lean`, a timm network's (B,D) before its head."
-        return (product_encoder(shadow(self.visual, live=True), self.visual) if self.lean else self.visual)(x)
+        "The tower's own input (B,3,H,W) -> what it returns in training mode; where `by_products`, a timm network's (B,D) before its head."
+        return (product_encoder(shadow(self.visual, trainable=True), self.visual) if self.by_products else self.visual)(x)
 
-    def twice(self, x: Tensor) -> Tensor:
+    def second_order(self, x: Tensor) -> Tensor:
         "The same, for gradients that are differentiated again."
-        if self.lean: return as_tower(self.visual, live=True).encode_twice(x)
+        if self.by_products: return as_tower(self.visual, trainable=True).encode_second_order(x)
         with sdpa_kernel(SDPBackend.MATH): return self.visual(x)
 
 # %% ../../nbs/api/models/encoders.ipynb #c8f56748
 class UpdateEncoder:
     "A model's image encoder for the update, in bfloat16 where its `AttackEncoder` is."
     def __init__(self,
-        fast: AttackEncoder,  # it and its model
+        attack_encoder: AttackEncoder,  # it and its model
     ):
-        self.fast, self.tower = fast, UpdateTower(fast.clip.visual)
+        self.attack_encoder, self.tower = attack_encoder, UpdateTower(attack_encoder.clip.visual)
 
     def encode_image(self,
         x: Tensor,  # images in [0,1], (B,3,H,W)
         normalize: bool = True,  # unit vectors
     ) -> Tensor:
         "As `Clip.encode_image` in training mode, (B,D)."
-        run, clip = self.fast.run, self.fast.clip
-        if not self.tower.lean: return clip.encode_image(x, normalize)
-        e = (run.live if isinstance(run, Bf16Copy) else self.tower)(clip.normalize(x))
+        run, clip = self.attack_encoder.run, self.attack_encoder.clip
+        if not self.tower.by_products: return clip.encode_image(x, normalize)
+        e = (run.with_gradients if isinstance(run, Bf16Copy) else self.tower)(clip.normalize(x))
         return F.normalize(e, dim=-1) if normalize else e

@@ -12,6 +12,7 @@ from torch import nn
 
 from .clip import Clip
 from .tokenizer import WordTokenizer
+from ..worlds.shapes import WORDS
 
 # %% ../../nbs/api/models/tiny.ipynb #c94b8c40
 _quick = dict(image_size=48, patch_size=8, width=128, layers=3, head_width=32)
@@ -32,7 +33,11 @@ def _siglip(vision: dict, text: dict) -> nn.Module:
     return model
 
 
-def tiny_clip(name: str, words: list[str], image_size: int | None) -> Clip:
+def tiny_clip(
+    name: str,  # a key of `TINY`
+    words: list[str] = WORDS,  # vocabulary of the tokenizer
+    image_size: int | None = None,  # pixels; None: the architecture's own
+) -> Clip:
     "The embedded architecture with random weights."
     tok = WordTokenizer(words)
     text = dict(context_length=tok.context, vocab_size=tok.vocab_size, width=64, heads=2, layers=2)

@@ -12,7 +12,9 @@ import torch
 from ..worlds.shapes import WORDS
 
 # %% ../../nbs/api/models/tokenizer.ipynb #526d63e9
-def open_clip_tokenizer(name: str):
+def open_clip_tokenizer(
+    name: str,  # configuration name
+):
     "open_clip's tokenizer; some (SigLIP) come from a hub. Raises RuntimeError with what to do when that fails."
     try: return open_clip.get_tokenizer(name)
     except Exception as e:

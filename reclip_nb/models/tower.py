@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from .blocks import Block, Readout, resample_posemb, shadow
 from reclip_nb.models.views import (
-    _get, block_view, coca_pooler, odd_norms, pooled_from, refuse, timm_pooler, timm_view, unlike_standard,
+    _get,
+    block_view,
+    coca_pooler,
+    odd_norms,
+    pooled_from,
+    refuse,
+    timm_pooler,
+    timm_view,
+    unlike_standard,
     unlike_timm,
 )
 from .vit import CLASS_TOKEN, Tower, ViT
@@ -52,7 +60,7 @@ class OpenClipViT(ViT):
         return blk(h) if self.batch_first else blk(h.transpose(0, 1)).transpose(0, 1)
 
     def view(self, l: int) -> Block: return block_view(self.blocks[l])
-    def plain(self, l: int) -> bool: return not unlike_standard(self.blocks[l])
+    def is_standard(self, l: int) -> bool: return not unlike_standard(self.blocks[l])
 
 # %% ../../nbs/api/models/tower.ipynb #3e0957da
 def open_clip_readout(
@@ -136,7 +144,7 @@ class TimmViT(ViT):
 
     def block(self, h: Tensor, l: int) -> Tensor: return self.blocks[l](h)
     def view(self, l: int) -> Block: return timm_view(self.blocks[l])
-    def plain(self, l: int) -> bool: return not unlike_timm(self.blocks[l])
+    def is_standard(self, l: int) -> bool: return not unlike_timm(self.blocks[l])
 
 # %% ../../nbs/api/models/tower.ipynb #e1add252
 def timm_readout(
@@ -235,10 +243,10 @@ def as_tower(
     model: nn.Module,  # a `Clip`, an open_clip model, its image tower, or a timm ViT
     size: tuple[int, int] | None = None,  # image (H, W); None: the tower's own
     *,
-    live: bool = False,  # True: gradients reach the parameters
+    trainable: bool = False,  # True: gradients reach the parameters
     antialias: bool = True,  # of the position embedding at another size
 ) -> Tower:
     "A read-only view of an image tower. TypeError for an architecture it does not know."
     visual = getattr(model, "visual", model)
     visual = getattr(visual, "_orig_mod", visual)  # inside torch.compile
-    return tower_over(shadow(visual, live), size, antialias)
+    return tower_over(shadow(visual, trainable), size, antialias)

@@ -9,7 +9,8 @@ __all__ = ['BLOCK_PARTS', 'MODULE_EXTRAS', 'OTHER_EXTRAS', 'TIMM_TYPES', 'TIMM_E
 # %% ../../nbs/api/models/views.ipynb #imports
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent, Mlp as TimmMlp
+from timm.layers import AttentionPoolLatent
+from timm.layers import Mlp as TimmMlp
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 

@@ -34,11 +34,11 @@ class Tower:
         "Image embeddings (B, D), not normalised."
         return self.tail(self.embed(x), 0)
 
-    def fast(self, x: Tensor) -> Tensor:
-        "As `encode`, by whatever is cheapest for this tower."
+    def encode_products(self, x: Tensor) -> Tensor:
+        "As `encode`, by plain matrix products where the tower has that form: the cheapest way."
         return self.encode(x)
 
-    def encode_twice(self, x: Tensor) -> Tensor:
+    def encode_second_order(self, x: Tensor) -> Tensor:
         "As `encode`, differentiable twice where the blocks are plain."
         return self.encode(x)
 
@@ -98,13 +98,13 @@ class ViT(Tower):
 
     def last(self, h: Tensor, heads: int | None = None) -> Tensor:
         "The last block: for the class token only, where that is all the read-out uses."
-        if heads is None and (not self.class_token or not self.plain(-1)): return super().last(h)
+        if heads is None and (not self.class_token or not self.is_standard(-1)): return super().last(h)
         return self.view(-1)(h, CLASS_TOKEN if self.class_token else slice(None), heads)
 
     def steps(self, **changes) -> list[Callable]:
         "Every block as plain matrix products, with `changes` of its `Block`; by its own forward pass where it is not plain."
         own = lambda l: lambda h, rows: self.block(h, l)
-        return [replace(self.view(l), **changes) if self.plain(l) else own(l) for l in range(self.n_layers)]
+        return [replace(self.view(l), **changes) if self.is_standard(l) else own(l) for l in range(self.n_layers)]
 
     def through(self, x: Tensor, steps: list[Callable], recompute: bool = False) -> Tensor:
         "Embedding by `steps`, the last for the rows the read-out uses; `recompute`: keep the inputs of the others only."
@@ -112,11 +112,11 @@ class ViT(Tower):
         for step in steps[:-1]: h = checkpoint(step, h, rows, use_reentrant=False) if recompute else step(h, rows)
         return self.head(steps[-1](h, CLASS_TOKEN if self.class_token else rows))
 
-    def fast(self, x: Tensor) -> Tensor:
-        "As `encode`, on batch-first tokens whatever the tower's own layout."
+    def encode_products(self, x: Tensor) -> Tensor:
+        "As `encode`, by plain matrix products on batch-first tokens, whatever the tower's own layout."
         return self.through(x, self.steps())
 
-    def encode_twice(self, x: Tensor) -> Tensor:
+    def encode_second_order(self, x: Tensor) -> Tensor:
         "As `encode`, with every softmax in the graph; torch's math kernel would keep single-precision copies of bfloat16."
         return self.through(x, self.steps(explicit=True))
 

@@ -101,7 +101,11 @@ def _mismatch(state: dict, target: dict) -> str:
     return "; ".join(parts)
 
 
-def load_strict(module: nn.Module, state: dict, what: str):
+def load_strict(
+    module: nn.Module,  # receives the weights
+    state: dict,  # tensors by name
+    what: str,  # where they come from, for the message
+):
     "Load `state` strictly. Raises ValueError that names what differs, or non-finite weights."
     if diff := _mismatch(state, module.state_dict()):
         raise ValueError(f"{what} belongs to another model: tensors {diff}. Load it into the architecture it was made with.")
@@ -110,7 +114,11 @@ def load_strict(module: nn.Module, state: dict, what: str):
     module.load_state_dict(state)
 
 
-def check_activation(clip: Clip, recorded: str | None, what: str):
+def check_activation(
+    clip: Clip,  # the model
+    recorded: str | None,  # activation that a file records; None: it records none
+    what: str,  # the file, for the message
+):
     "Raises ValueError when the activation recorded in a file is not the model's."
     if recorded and recorded != clip.activation:
         fix = f"{clip.name.removesuffix('-quickgelu')}-quickgelu" if recorded == "quick_gelu" else clip.name.removesuffix("-quickgelu")

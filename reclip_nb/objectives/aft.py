@@ -106,20 +106,20 @@ class AFT:
         if objective not in ("image", "text"): raise ValueError(f"objective={objective!r}; allowed: image, text")
         self.student, self.teacher, self.attack, self.objective = student, teacher, attack, objective
         self.loss, self.normalize, self.outer_noise = loss, normalize, outer_noise
-        self.fast_student, self.fast_teacher = AttackEncoder(student, compiled), AttackEncoder(teacher, compiled, fixed=True)
+        self.attack_student, self.attack_teacher = AttackEncoder(student, compiled), AttackEncoder(teacher, compiled, fixed=True)
         self.outer = dict(loss=loss, normalize=normalize, clean_weight=clean_weight, trades=trades)
 
     @torch.no_grad()
     def references(self, batch: dict) -> tuple:
         "I_x, and T_x for Eq. 3."
-        target = self.fast_teacher.sync().encode_image(batch["image"], self.normalize)
+        target = self.attack_teacher.sync().encode_image(batch["image"], self.normalize)
         if self.objective == "image": return target, None
         if "caption" not in batch: raise ValueError("objective='text' needs captions: shapes, cifar10_small, or coco with captions=True")
         return target, self.student.encode_text(batch["caption"])
 
     def perturb(self, x, target, text, generator) -> torch.Tensor:
         "The attack, on the student as it would be in evaluation mode."
-        student = self.fast_student.sync()
+        student = self.attack_student.sync()
         far = lambda v: distance(averaged(student.encode_image(v, self.normalize), len(x)), target, self.loss, text)
         return self.attack(far, x, generator)
 
@@ -129,5 +129,5 @@ class AFT:
         delta = self.perturb(x, target, text, generator)
         self.student.visual.train()  # batch statistics of a ResNet follow the outer step, not the attack
         draws = gaussian(x, self.attack.sigma, self.attack.n_noise, generator) if self.outer_noise else None
-        loss = aft_loss(UpdateEncoder(self.fast_student), x, delta, target, text=text, z=draws and draws(0), **self.outer)
+        loss = aft_loss(UpdateEncoder(self.attack_student), x, delta, target, text=text, z=draws and draws(0), **self.outer)
         return dict(loss=loss.mean(), aft=loss.detach().mean(), delta_255=delta.abs().mean()*255)

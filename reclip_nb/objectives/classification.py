@@ -26,7 +26,7 @@ class Classification:
         x, y = batch["image"], batch["label"]
         if torch.rand((), generator=generator, device=generator.device) < .5: x = x.flip(-1)
         found = self.tower(self.net.normalize(x))
-        logits = self.net.visual.head(found) if self.tower.lean else found
+        logits = self.net.visual.head(found) if self.tower.by_products else found
         loss = F.cross_entropy(logits, y, label_smoothing=self.smoothing)
         return dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
 

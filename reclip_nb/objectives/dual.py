@@ -45,7 +45,7 @@ def embedding_gradients(
     "Unit embeddings f (B,D), and the gradients of v^T f with respect to the images, (B,n,3,H,W)."
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        e = F.normalize(full(UpdateTower(student.visual).twice(student.normalize(x))), dim=-1)
+        e = F.normalize(full(UpdateTower(student.visual).second_order(student.normalize(x))), dim=-1)
         (g,) = vjp((e[:, None]*v).sum(-1), [x], create_graph=create_graph)
     return e, g
 

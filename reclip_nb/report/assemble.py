@@ -21,7 +21,7 @@ from .measured import measurements, over_seeds
 from .rules import Finding
 from .studies import Study, open_studies
 from ..study.files import jsonable
-from ..study.graph import PRESETS, jobs
+from ..study.graph import PRESETS, study_jobs
 
 # %% ../../nbs/api/report/assemble.ipynb #17104e54
 EXTENSION = dict(id="epg", title="EPG extension", found="supported",
@@ -58,7 +58,7 @@ def _explainers(studies: list[Study]) -> list[dict]:
 def _missing(study: Study) -> list[str]:
     "Runs of the preset's graph that the study does not have."
     preset = study.parts["preset"]
-    return [n for n in jobs(preset) if n not in study.runs and n != "report"] if preset in PRESETS else []
+    return [n for n in study_jobs(preset) if n not in study.runs and n != "report"] if preset in PRESETS else []
 
 
 def _distinct(items: Sequence) -> list:

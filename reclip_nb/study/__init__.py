@@ -12,7 +12,16 @@ from .files import digest, expand, read_json, root, runs_root, write_json
 from .graph import PRESETS, Job, ensure_runs, study_jobs, study_name
 from .parameters import configure
 from reclip_nb.study.runs import (
-    Run, append_rows, finish_run, has_run, load_run, provenance, read_rows, setup, start_run, study_runs,
+    Run,
+    append_rows,
+    finish_run,
+    has_run,
+    load_run,
+    provenance,
+    read_rows,
+    setup,
+    start_run,
+    study_runs,
 )
 
 # %% ../../nbs/api/study/index.ipynb #names

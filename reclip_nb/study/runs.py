@@ -18,7 +18,6 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-
 from .files import atomic, digest, jsonable, read_json, root, runs_root, write_json, writing
 
 # %% ../../nbs/api/study/runs.ipynb #a0075870

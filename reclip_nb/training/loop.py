@@ -17,7 +17,13 @@ from ..data.batches import step_batches
 from ..models.clip import check_pixels
 from ..study.files import atomic, digest
 from reclip_nb.study.processes import (
-    average_gradients, average_tensors, barrier, gather, main_process, rank, world_size,
+    average_gradients,
+    average_tensors,
+    barrier,
+    gather,
+    main_process,
+    rank,
+    world_size,
 )
 from ..study.runs import Run, append_rows, read_rows
 from .checkpoints import load_checkpoint, save_checkpoint

@@ -102,7 +102,7 @@ def test_update_on_the_copy(student, images, recompute):
     with bf16():
         live = UpdateEncoder(AttackEncoder(student).sync())
         got = weight_gradients(student, live.encode_image, images)
-    assert isinstance(live.fast.run, Bf16Copy) and {g.dtype for g in got} == {torch.float32}
+    assert isinstance(live.attack_encoder.run, Bf16Copy) and {g.dtype for g in got} == {torch.float32}
     assert all(g.abs().sum() > 0 for g in got)
     assert F.cosine_similarity(flat(got), flat(want), dim=0) > .999
     assert (flat(got)-flat(want)).norm() <= (flat(auto)-flat(want)).norm()
@@ -183,7 +183,7 @@ def test_double_backward_is_exact(student, images):
     x = images[:8].double()
     clip = student.double().eval()
     v = clip.normalize(x)
-    e, twice = clip.visual(v), as_tower(clip, live=True).encode_twice
+    e, twice = clip.visual(v), as_tower(clip, trainable=True).encode_second_order
     torch.testing.assert_close(twice(v), e)
     found = {}
     for name, encode in dict(plain=clip.visual, explicit=twice).items():
