@@ -1,4 +1,5 @@
-"""Outputs for the site's experiment pages, from the copies that the graph executed: `make docs` runs this between nbdev and Quarto."""
+"""Outputs for the site's experiment pages, from the copies that the graph executed: `make docs` runs this between nbdev and Quarto.
+Without a study the pages keep the outputs that are committed, those of the recorded study (tools/record.py)."""
 import json
 import os
 import sys
@@ -19,11 +20,14 @@ def shown(cell: dict) -> list[dict]:
     return [o for o in cell["outputs"] if WIDGET not in o.get("data", {}) and o.get("name") != "stderr"]
 
 
-def note(study: str, run: Path | None) -> dict:
-    "The cell that says where the outputs come from."
+def note(study: str, run: Path | None, recorded: bool) -> dict:
+    "The cell that says where the outputs come from: a run of the study at hand, the recorded study, or nowhere."
     words = "The outputs of this page are not built: run `make reproduce`, then `make docs`."
+    if recorded: words = ("This page shows a table and a figure of the recorded study, as the line above the first of them says. For every "
+                          "output: `make reproduce`, then `make docs`.")
     if run: words = f"Outputs: study `{study}`, run `{run.name}`, {json.loads((run/'run.json').read_text())['provenance']['time'][:10]}."
-    return dict(cell_type="markdown", id="outputs-from", metadata={}, source=f"::: {{.callout-note}}\n{words}\n:::")
+    source = ["::: {.callout-note}\n", f"{words}\n", ":::"]   # Quarto reads lines: a single string would lose its newlines
+    return dict(cell_type="markdown", id="outputs-from", metadata={}, source=source)
 
 
 def executed_cells(file: Path) -> list[dict]:
@@ -33,16 +37,17 @@ def executed_cells(file: Path) -> list[dict]:
 
 
 def fill(page: Path, study: Path) -> bool:
-    "Put the outputs of the finished run that belongs to a processed page into it; False where there is none."
+    """Put the outputs of the finished run that belongs to a processed page into it; False where there is none, and the page keeps what
+    is recorded. Outputs of the two never stand on one page: a cell that the run does not have is empty."""
     run = study/SHOWN_RUN.get(page.stem, page.stem)
     done = (run/"notebook.ipynb").exists() and (run/"metrics.json").exists()
     nb = json.loads(page.read_text())
-    executed = executed_cells(run/"notebook.ipynb") if done else []
-    outputs = {text(c): shown(c) for c in executed if c["cell_type"] == "code"}
-    for cell in nb["cells"]:
-        if cell["cell_type"] == "code": cell["outputs"] = outputs.get(text(cell), cell["outputs"])
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    if done:
+        outputs = {text(c): shown(c) for c in executed_cells(run/"notebook.ipynb") if c["cell_type"] == "code"}
+        for cell in code: cell["outputs"] = outputs.get(text(cell), [])
     first = next(i for i, c in enumerate(nb["cells"]) if c["cell_type"] == "markdown")
-    nb["cells"].insert(first+1, note("/".join(study.parts[-2:]), run if done else None))
+    nb["cells"].insert(first+1, note("/".join(study.parts[-2:]), run if done else None, any(c["outputs"] for c in code)))
     page.write_text(json.dumps(nb))
     return done
 
@@ -55,5 +60,6 @@ def fill_all(folder: Path, study: Path) -> dict[str, bool]:
 
 if __name__ == "__main__":
     runs = Path(os.environ.get("RECLIP_RUNS", ROOT/"runs"))
-    found = fill_all(ROOT/"_proc", runs/(sys.argv[1] if len(sys.argv) > 1 else "tiny/quick-seed0"))
-    print(f"{sum(found.values())} of {len(found)} experiment pages have outputs; none: {', '.join(p for p, ok in found.items() if not ok) or '–'}")
+    filled = fill_all(ROOT/"_proc", runs/(sys.argv[1] if len(sys.argv) > 1 else "tiny/quick-seed0"))
+    without = ", ".join(p for p, ok in filled.items() if not ok)
+    print(f"{sum(filled.values())} of {len(filled)} experiment pages have the outputs of this study; without: {without or '–'}")
