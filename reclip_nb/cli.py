@@ -48,7 +48,7 @@ def parse_value(
 
 # %% ../nbs/api/cli.ipynb #f1bd0b75
 def checked_parameters(
-    name: str,  # "train_aft" or "train_epg"
+    name: str,  # "train_aft", "train_dual" or "train_epg"
     files: list[str] = (),  # YAML files, later ones win
     pairs: list[tuple[str, str]] = (),  # names and values, which win over files
 ) -> dict:
@@ -62,7 +62,7 @@ def checked_parameters(
 def main(
     argv: list[str] | None = None,  # arguments; None: of the command line
 ):
-    "reclip_train train_aft|train_epg [-f file.yaml]... [-p name value]..., alone or under torchrun."
+    "reclip_train train_aft|train_dual|train_epg [-f file.yaml]... [-p name value]..., alone or under torchrun."
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("name", choices=OBJECTIVES)
     parser.add_argument("-f", dest="files", action="append", default=[], metavar="FILE", help="YAML file of parameters")

@@ -135,8 +135,13 @@ def test_settings_are_parameters(path):
 
 
 @each_experiment
-def test_experiment_has_settings(path):
-    assert (ROOT/"configs"/"tiny"/f"{path.stem}.yaml").exists()
+def test_experiment_is_in_the_graph(path):
+    assert path.stem in {job.notebook for job in study_jobs("tiny", sweeps=True).values()}
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=name)
+def test_settings_are_not_empty(path):
+    assert yaml.safe_load(path.read_text()), "a notebook without settings needs no file"
 
 
 @pytest.mark.parametrize("preset", ["tiny", "sample", "paper"])

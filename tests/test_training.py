@@ -56,7 +56,7 @@ def test_text_objective_is_bounded_by_the_image_objective(student, data):
     teacher, batch = frozen(student), batch_of(data)
     with torch.no_grad():
         for p in student.visual.parameters(): p.add_(.02*torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    aft = AFT(student, teacher, Attack(steps=1), objective="text")
+    aft = AFT(student, teacher, Attack(steps=1), compare="text")
     target, text = aft.references(batch)
     zero = torch.zeros_like(batch["image"])
     by_text, by_image = (aft_loss(student, batch["image"], zero, target, text=t) for t in (text, None))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN_RUN = {"train_clip": "clip", "train_aft": "aft4", "train_epg": "epg0.6", "train_classifier": "classifier"}   # of several
+SHOWN_RUN = {"train_clip": "clip", "train_aft": "aft4", "train_dual": "dual16", "train_epg": "epg0.6", "train_classifier": "classifier"}   # of several
 WIDGET = "application/vnd.jupyter.widget-view+json"   # alive only in a notebook
 
 
@@ -52,9 +52,15 @@ def fill(page: Path, study: Path) -> bool:
     return done
 
 
+def is_experiment(page: str) -> bool:
+    "Whether a notebook of nbs/ has a parameters cell, which papermill fills."
+    cells = json.loads((ROOT/"nbs"/f"{page}.ipynb").read_text())["cells"]
+    return any("parameters" in c["metadata"].get("tags", []) for c in cells)
+
+
 def fill_all(folder: Path, study: Path) -> dict[str, bool]:
     "Every page of an experiment: whether it has outputs."
-    pages = [p for p in sorted(folder.glob("*.ipynb")) if (ROOT/"configs"/"tiny"/f"{p.stem}.yaml").exists()]
+    pages = [p for p in sorted(folder.glob("*.ipynb")) if is_experiment(p.stem)]
     return {p.stem: fill(p, study) for p in pages}
 
 

@@ -95,7 +95,7 @@ class AFT:
         teacher: Clip,  # frozen reference
         attack: Attack = Attack(),  # inner maximisation
         *,
-        objective: str = "image",  # "image" (Eq. 1) or "text" (Eq. 3, needs captions in the batch)
+        compare: str = "image",  # "image": embeddings (Eq. 1); "text": their similarity to the caption (Eq. 3)
         loss: str = "l2",  # see `distance`
         normalize: bool = True,  # unit embeddings
         outer_noise: bool = False,  # noise in the outer step too, as Eq. 1 is written
@@ -103,8 +103,8 @@ class AFT:
         trades: bool = False,  # see `aft_loss`
         compiled: bool = False,  # `torch.compile` the bfloat16 copies
     ):
-        if objective not in ("image", "text"): raise ValueError(f"objective={objective!r}; allowed: image, text")
-        self.student, self.teacher, self.attack, self.objective = student, teacher, attack, objective
+        if compare not in ("image", "text"): raise ValueError(f"compare={compare!r}; allowed: image, text")
+        self.student, self.teacher, self.attack, self.compare = student, teacher, attack, compare
         self.loss, self.normalize, self.outer_noise = loss, normalize, outer_noise
         self.attack_student, self.attack_teacher = AttackEncoder(student, compiled), AttackEncoder(teacher, compiled, fixed=True)
         self.outer = dict(loss=loss, normalize=normalize, clean_weight=clean_weight, trades=trades)
@@ -113,8 +113,8 @@ class AFT:
     def references(self, batch: dict) -> tuple:
         "I_x, and T_x for Eq. 3."
         target = self.attack_teacher.sync().encode_image(batch["image"], self.normalize)
-        if self.objective == "image": return target, None
-        if "caption" not in batch: raise ValueError("objective='text' needs captions: shapes, cifar10_small, or coco with captions=True")
+        if self.compare == "image": return target, None
+        if "caption" not in batch: raise ValueError("compare='text' needs captions: shapes, cifar10_small, or coco with captions=True")
         return target, self.student.encode_text(batch["caption"])
 
     def perturb(self, x, target, text, generator) -> torch.Tensor:
