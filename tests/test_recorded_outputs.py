@@ -14,6 +14,7 @@ from nbdev.clean import clean_nb
 from pages import SHOWN_RUN
 from PIL import Image
 
+from reclip_nb.report import sections
 from reclip_nb.runs import digest, runs_root
 from reclip_nb.study import config_files, graph
 
@@ -31,9 +32,9 @@ def line_of(nb) -> re.Match:
     "The sentence that names the run of the outputs; fails where nothing is recorded."
     outputs = record.shown_cells(nb)[0].outputs
     assert outputs, "nothing is recorded: run `make record`"
-    found = record.LINE.fullmatch(outputs[0].data.get("text/markdown", ""))
-    assert found, "the first output does not name its run: run `make record`"
-    return found
+    line = record.LINE.fullmatch(outputs[0].data.get("text/markdown", ""))
+    assert line, "the first output does not name its run: run `make record`"
+    return line
 
 
 def shown(nb) -> list[tuple[str, str]]:
@@ -91,6 +92,13 @@ def test_recorded_parameters_are_those_of_today():
         recipe = {k: v for k, v in config.items() if k != "processes"}   # recipes leave it out: it changes no number
         if run["digest"] not in (digest(config), digest(recipe)): changed.append(f"{run['study']}/{run['run']}")
     assert not changed, "run `make record`"
+
+
+def test_results_page_shows_the_recorded_study():
+    "The tables of the page are those that the recorded JSON gives."
+    text = sections(json.loads(record.RECORD.read_text()))
+    outputs = [o.get("data", {}).get("text/markdown") for c in record.code_cells(read(record.NBS/"results.ipynb")) for o in c.outputs]
+    for heading in ("Claims", "Findings", "Trade-off", "Dual AFT", "Coverage", "Made by"): assert text[heading] in outputs, heading
 
 
 def test_recorded_outputs_are_small():
