@@ -163,7 +163,7 @@ def sketch(*outputs):
 def ran(tmp_path):
     "A notebook and the folder of its run."
     out, show = nbformat.v4.new_output, record.output
-    copy = sketch([], [out("stream", name="stderr", text="/tmp/warning"), show("text/html", TABLE), show("text/html", "<table></table>")],
+    copy = sketch([], [out("stream", name="stderr", text="warning"), show("text/html", TABLE), show("text/html", "<table></table>")],
                   [out("stream", name="stdout", text="PG"), show("image/png", picture((900, 700)))], [out("execute_result", {"text/plain": "Run(s/r)"})])
     copy.cells.insert(1, nbformat.v4.new_code_cell("steps = 5", metadata=dict(tags=["injected-parameters"])))
     run = tmp_path/"runs"/"r"

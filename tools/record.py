@@ -24,8 +24,8 @@ RECORD = NBS/"results"/"tiny_quick.json"
 GALLERY = NBS/"images"/"gallery.jpg"
 STUDY = "tiny/quick"
 READERS = ("results", "protocols", "index")   # pages whose outputs come from the recorded JSON
-RICH = ("text/html", "text/markdown", "image/png")
-PICTURE, NOTEBOOK, ALL = 70_000, 150_000, 4_000_000   # bytes at most: of a picture, of an experiment notebook, of all of them
+RICH = ("text/html", "text/markdown", "image/png", "image/jpeg")
+PICTURE, NOTEBOOK, ALL = 85_000, 150_000, 4_000_000   # bytes at most: of a picture, of an experiment notebook, of all of them
 LINE = re.compile(r"Recorded: study `(?P<study>.+)`, run `(?P<run>.+)`, (?P<date>[\d-]+), revision `(?P<revision>\w+)`"
                   r"(?P<changes> with local changes)?, code `(?P<code>\w+)`\.")
 
@@ -102,7 +102,7 @@ def recorded(notebook: Path, run: Path):
     for cell in shown_cells(nb):
         rich = first_rich(executed_cells[cell.id])
         if rich is None: sys.exit(f"{run}: the shown cell {cell.id} has neither a table nor a picture")
-        cell.outputs = [output(*small(rich[1]) if rich[0] == "image/png" else rich)]
+        cell.outputs = [output(*(small(rich[1]) if rich[0].startswith("image") else rich))]
     shown_cells(nb)[0].outputs.insert(0, output("text/markdown", line(run, nb)))
     size = len(nbformat.writes(nb))
     if size > NOTEBOOK: sys.exit(f"{notebook.name} would have {size:,} bytes, {NOTEBOOK:,} are allowed: show less")
