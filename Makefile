@@ -14,10 +14,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: help install reproduce test test-all readme docs bench
+.PHONY: help install reproduce record test test-all readme docs bench
 
 help:
 	@echo "make reproduce   run the study (PRESET=$(PRESET) WORLD=$(WORLD) SEEDS=$(SEEDS) SWEEPS=$(SWEEPS) CORES=$(CORES)); finished runs are kept"
+	@echo "make record      three seeds of the study, then the recorded results, figures and outputs anew"
 	@echo "make test        run the tests: notebooks, golden vectors, faults, photographs, structure, site"
 	@echo "make test-all    the same, and the recorded study once more"
 	@echo "make docs        build the site into _docs (needs Quarto)"
@@ -36,6 +37,16 @@ $(BIN)/installed: settings.ini setup.py
 reproduce: install
 	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs --quiet host reason \
 		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) sweeps=$(SWEEPS) $(ARGS)
+
+# the recorded study: always the embedded world at its usual size. Its outputs change the notebooks, not their code, so that
+# the finished runs stay valid: --touch says so to Snakemake
+record: SEEDS = 3
+record: SWEEPS = 1
+record: reproduce
+	$(BIN)/python tools/record.py $(SEEDS)
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+	$(BIN)/snakemake --cores 1 --touch --quiet host reason --config seeds=$(SEEDS) sweeps=$(SWEEPS)
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import fill_all, text
+from pages import fill, fill_all, text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,6 +62,22 @@ def links(text: str) -> list[str]:
 def test_every_notebook_becomes_a_page(site):
     made = set(pages(site))
     assert made == {str(p.relative_to(ROOT/"nbs")) for p in (ROOT/"nbs").rglob("*.ipynb")}
+
+
+def prose(path: Path) -> list[str]:
+    "Lines of a notebook's markdown, without the links that nbdev puts around back-ticked names."
+    text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+    return [line.strip() for line in re.sub(r"\[(`[^`]+`)\]\(https?:[^)]*\)", r"\1", text).split("\n") if line.strip()]
+
+
+def test_no_prose_is_lost(site):
+    "Title and description of a notebook are in the head of its page, every other line in its body."
+    lost = {}
+    for page, text in pages(site).items():
+        head = front_matter(text)
+        kept = {f"# {head.get('title')}", f"> {head.get('description')}", *prose(site/page)}
+        if missing := [line for line in prose(ROOT/"nbs"/page) if line not in kept]: lost[page] = missing
+    assert not lost
 
 
 def test_pages_hold_no_traceback(site):
@@ -121,5 +137,29 @@ def test_experiment_pages_show_what_a_study_left(site, tmp_path):
     for page, ok in found.items():
         cells = json.loads((folder/f"{page}.ipynb").read_text())["cells"]
         code = [c for c in cells if c["cell_type"] == "code"]
-        assert all([o["text"] for o in c["outputs"]] == ["seen"] for c in code) if ok else not any(c["outputs"] for c in code)
-        assert ("2026-01-02" if ok else "make reproduce") in text(next(c for c in cells if c.get("id") == "outputs-from"))
+        assert all(c["source"] == "".join(c["source"]).splitlines(keepends=True) for c in cells), "Quarto's reader drops the newlines of a string"
+        note = text(next(c for c in cells if c.get("id") == "outputs-from"))
+        assert re.fullmatch(r"::: {.callout-note}\n.+\n:::", note)
+        if ok: assert "2026-01-02" in note and all([o["text"] for o in c["outputs"]] == ["seen"] for c in code)
+        else: assert "make reproduce" in note and ("recorded study" in note) == any(c["outputs"] for c in code)
+
+
+def test_a_page_never_mixes_two_studies(tmp_path):
+    "A page with a run shows that run alone; a page without keeps what is committed, and its note says which."
+    cell = dict(cell_type="code", id="a", metadata={}, execution_count=None, source=["frame"])
+    seen = [dict(output_type="stream", name="stdout", text="recorded")]
+    page, study = tmp_path/"retrieval.ipynb", tmp_path/"tiny"/"quick-seed0"
+    page.write_text(json.dumps(dict(cells=[dict(cell_type="markdown", source=["# Opening"]), cell | dict(outputs=seen)])))
+    kept = page.read_text()
+    assert not fill(page, study)
+    note, code = json.loads(page.read_text())["cells"][1:]
+    assert "recorded study" in text(note) and code["outputs"] == seen
+    run = study/"retrieval"
+    run.mkdir(parents=True)
+    (run/"notebook.ipynb").write_text(json.dumps(dict(cells=[cell | dict(source=["frame.round(2)"], outputs=seen)])))
+    (run/"run.json").write_text(json.dumps(dict(provenance=dict(time="2026-01-02T03:04:05"))))
+    (run/"metrics.json").write_text("{}")
+    page.write_text(kept)
+    assert fill(page, study)
+    note, code = json.loads(page.read_text())["cells"][1:]
+    assert "recorded" not in text(note) and not code["outputs"]

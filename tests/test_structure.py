@@ -77,6 +77,12 @@ def test_notebook_is_small(path):
     assert path.stat().st_size <= budget*1000, f"over {budget} kB: smaller figures, fewer outputs"
 
 
+@each_notebook
+def test_first_markdown_cell_is_title_and_description(path):
+    "nbdev takes the two for the head of the page and drops the cell: whatever else it holds is lost."
+    assert re.fullmatch(r"# .+\n+> .+\n*", cells(path, "markdown")[0].source)
+
+
 @each_api
 def test_api_notebook_opens_with_its_module_and_title(path):
     first, second = nbformat.read(path, nbformat.NO_CONVERT).cells[:2]
@@ -121,6 +127,21 @@ def test_parameters_cell(path):
     for key, node in known.items():
         ast.literal_eval(node.value)
         assert "#" in lines[node.end_lineno-1], f"{key} has no '# meaning'"
+
+
+@each_experiment
+def test_figures_are_drawn_by_pyplot_and_shown(path):
+    "IPython prints the name of a figure, not its picture, until pyplot has made one. What is saved is also displayed."
+    for cell in cells(path):
+        calls = {ast.unparse(n.func) for n in ast.walk(tree(cell)) if isinstance(n, ast.Call)}
+        assert not calls & {"Figure", "matplotlib.figure.Figure"}
+        if "savefig(" in cell.source: assert "display" in calls or isinstance(tree(cell).body[-1], ast.Expr)
+
+
+@each_experiment
+def test_last_line_is_the_run(path):
+    "One line about the run ends the page; the value of `finish_run`, all its numbers, would fill it."
+    assert cells(path)[-1].source.split("\n")[-1] == "run"
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=name)

@@ -1,0 +1,139 @@
+"""The recorded study: its report, the picture of the front page, and the table and figure that each experiment notebook shows.
+`make record` runs this after the study.
+
+A cell tagged `shown` keeps the first table or picture of its run; the first such cell of a notebook opens with a line that names
+the run. No other cell of an experiment has an output."""
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbclient import NotebookClient
+from pages import ROOT, SHOWN_RUN
+from PIL import Image
+
+from reclip_nb.runs import digest, runs_root
+
+NBS = ROOT/"nbs"
+RECORD = NBS/"results"/"tiny_quick.json"
+GALLERY = NBS/"images"/"gallery.jpg"
+STUDY = "tiny/quick"
+READERS = ("results", "protocols", "index")   # pages whose outputs come from the recorded JSON
+RICH = ("text/html", "text/markdown", "image/png", "image/jpeg")
+PICTURE, NOTEBOOK, ALL = 85_000, 150_000, 4_000_000   # bytes at most: of a picture, of an experiment notebook, of all of them
+LINE = re.compile(r"Recorded: study `(?P<study>.+)`, run `(?P<run>.+)`, (?P<date>[\d-]+), revision `(?P<revision>\w+)`"
+                  r"(?P<changes> with local changes)?, code `(?P<code>\w+)`\.")
+
+
+def experiments() -> list[Path]:
+    "Notebooks that papermill runs: those with settings."
+    return [p for p in sorted(NBS.glob("*.ipynb")) if (ROOT/"configs"/"tiny"/f"{p.stem}.yaml").exists()]
+
+
+def code_cells(nb) -> list:
+    "Code cells of a notebook, without the one that papermill injects."
+    return [c for c in nb.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+
+
+def shown_cells(nb) -> list:
+    "Cells whose output is recorded."
+    return [c for c in code_cells(nb) if "shown" in c.metadata.get("tags", [])]
+
+
+def code_digest(nb) -> str:
+    "Names the code behind what a notebook shows: its parameters and its shown cells, without their comments."
+    cells = [c for c in code_cells(nb) if {"parameters", "shown"} & {*c.metadata.get("tags", [])}]
+    return digest([re.sub(r"\s*# .*", "", line) for c in cells for line in c.source.splitlines()])
+
+
+def first_rich(cell) -> tuple[str, str] | None:
+    "Kind and content of the first table or picture of an executed cell."
+    return next(((kind, o.data[kind]) for o in cell.outputs for kind in RICH if kind in o.get("data", {})), None)
+
+
+def columns(kind: str, content: str) -> list[str]:
+    "Names in the head of a table, HTML or markdown; of a picture, none."
+    if kind.startswith("image"): return []
+    if kind == "text/markdown": return [name.strip() for name in content.splitlines()[0].strip("|").split("|")]
+    head = re.search(r"<thead>(.*?)</thead>", content, re.S)[1]
+    names = (re.sub(r"<[^>]*>|&nbsp;", "", name).strip() for name in re.findall(r"<th\b[^>]*>(.*?)</th>", head, re.S))
+    return [name for name in names if name]
+
+
+def small(picture: str) -> tuple[str, str]:
+    "Kind and base64 of a picture of at most PICTURE bytes: a PNG of 256 colours, else a JPEG, else fewer pixels."
+    image, scale = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGBA"), 1.
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    while True:
+        scaled = image.resize([round(scale*side) for side in image.size], Image.Resampling.LANCZOS)
+        for kind, version, options in (("png", scaled.quantize(256), {}), ("jpeg", scaled, dict(quality=80))):
+            file = io.BytesIO()
+            version.save(file, kind, optimize=True, **options)
+            if file.tell() <= PICTURE: return f"image/{kind}", base64.b64encode(file.getvalue()).decode()
+        scale *= .9
+
+
+def line(run: Path, nb) -> str:
+    "The sentence that says which run made the outputs of a notebook."
+    info = json.loads((run/"run.json").read_text())
+    made = info["provenance"]
+    changes = " with local changes" if made["modified"] else ""
+    return (f"Recorded: study `{info['study']}`, run `{run.name}`, {made['time'][:10]}, "
+            f"revision `{made['revision'][:12] or 'unknown'}`{changes}, code `{code_digest(nb)}`.")
+
+
+def output(kind: str, content: str):
+    "A cell's output of one kind."
+    return nbformat.v4.new_output("display_data", {kind: content})
+
+
+def recorded(notebook: Path, run: Path):
+    "The notebook with what a finished run of it shows. Exits when the run is of other code, or shows nothing."
+    nb, executed = (nbformat.read(file, nbformat.NO_CONVERT) for file in (notebook, run/"notebook.ipynb"))
+    if [c.source for c in code_cells(nb)] != [c.source for c in code_cells(executed)]:
+        sys.exit(f"{run} was made by other code than {notebook.name} has now: run `make reproduce`")
+    executed_cells = {c.id: c for c in code_cells(executed)}
+    for cell in code_cells(nb): cell.outputs = []
+    for cell in shown_cells(nb):
+        rich = first_rich(executed_cells[cell.id])
+        if rich is None: sys.exit(f"{run}: the shown cell {cell.id} has neither a table nor a picture")
+        cell.outputs = [output(*(small(rich[1]) if rich[0].startswith("image") else rich))]
+    shown_cells(nb)[0].outputs.insert(0, output("text/markdown", line(run, nb)))
+    size = len(nbformat.writes(nb))
+    if size > NOTEBOOK: sys.exit(f"{notebook.name} would have {size:,} bytes, {NOTEBOOK:,} are allowed: show less")
+    return nb
+
+
+def report(seeds: int) -> Path:
+    "Run folder of the report over all seeds; over one, the graph has made it."
+    if seeds == 1: return runs_root()/f"{STUDY}-seed0"/"report"
+    folder = runs_root()/STUDY/"report"
+    folder.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(NBS/"report.ipynb", folder/"notebook.ipynb", dict(world="quick", seeds=seeds), progress_bar=False)
+    return folder
+
+
+def record(seeds: int) -> None:
+    "Write everything that is recorded; nothing before all of it is known to be complete."
+    study, summary = runs_root()/f"{STUDY}-seed0", report(seeds)
+    folders = {p: study/SHOWN_RUN.get(p.stem, p.stem) for p in experiments()} | {NBS/"report.ipynb": summary}
+    notebooks = {path: recorded(path, run) for path, run in folders.items()}
+    for path, nb in notebooks.items(): nbformat.write(nb, path)
+    shutil.copy(summary/"report.json", RECORD)
+    gallery = Image.open(study/"saliency_gallery"/"simple_gradient.png").convert("RGB")
+    gallery.thumbnail((1000, 1000))
+    gallery.save(GALLERY, quality=85, optimize=True)
+    for page in READERS:
+        nb = nbformat.read(NBS/f"{page}.ipynb", nbformat.NO_CONVERT)
+        NotebookClient(nb, kernel_name="python3", record_timing=False, resources=dict(metadata=dict(path=NBS))).execute()
+        nbformat.write(nb, NBS/f"{page}.ipynb")
+    print(f"recorded {len(notebooks)} notebooks, {sum(p.stat().st_size for p in notebooks)/1e6:.1f} MB, and {', '.join(READERS)}")
+
+
+if __name__ == "__main__":
+    record(int(sys.argv[1]))
