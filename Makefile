@@ -14,11 +14,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: help install reproduce record test test-all readme docs bench
+.PHONY: help install lint reproduce record test test-all readme docs bench
 
 help:
 	@echo "make reproduce   run the study (PRESET=$(PRESET) WORLD=$(WORLD) SEEDS=$(SEEDS) SWEEPS=$(SWEEPS) CORES=$(CORES)); finished runs are kept"
 	@echo "make record      three seeds of the study, then the recorded results, figures and outputs anew"
+	@echo "make lint        check the style of notebooks, tests and tools with ruff"
 	@echo "make test        run the tests: notebooks, golden vectors, faults, photographs, structure, site"
 	@echo "make test-all    the same, and the recorded study once more"
 	@echo "make docs        build the site into _docs (needs Quarto)"
@@ -47,6 +48,10 @@ record: reproduce
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
 	$(BIN)/snakemake --cores 1 --touch --quiet host reason --config seeds=$(SEEDS) sweeps=$(SWEEPS)
+
+# the package is generated, so its notebooks are checked in its place
+lint: install
+	$(BIN)/ruff check .
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadfile --no-loadscope-reorder $(ARGS)

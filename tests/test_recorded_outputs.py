@@ -15,8 +15,8 @@ from pages import SHOWN_RUN
 from PIL import Image
 
 from reclip_nb.report import sections
-from reclip_nb.runs import digest, runs_root
-from reclip_nb.study import config_files, graph
+from reclip_nb.study import digest, runs_root, study_jobs
+from reclip_nb.study.graph import config_files
 
 EXPERIMENTS = record.experiments()
 SMALLEST = runs_root()/"tiny"/"smoke-seed0"
@@ -81,7 +81,7 @@ def test_recorded_outputs_are_of_the_recorded_study():
 
 def test_recorded_parameters_are_those_of_today():
     "Defaults of the notebook, settings of the world, parameters of the graph: what each recorded run was given is what it would get now."
-    report, jobs, changed = json.loads(record.RECORD.read_text()), graph("tiny", sweeps=True), []
+    report, jobs, changed = json.loads(record.RECORD.read_text()), study_jobs("tiny", sweeps=True), []
     seeds = dict(zip(report["studies"], report["seeds"]))
     for run in report["runs"]:
         job = jobs[run["run"]]

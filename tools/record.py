@@ -14,10 +14,10 @@ from pathlib import Path
 import nbformat
 import papermill
 from nbclient import NotebookClient
-from pages import ROOT, SHOWN_RUN
+from pages import ROOT, SHOWN_RUN, is_experiment
 from PIL import Image
 
-from reclip_nb.runs import digest, runs_root
+from reclip_nb.study import digest, runs_root
 
 NBS = ROOT/"nbs"
 RECORD = NBS/"results"/"tiny_quick.json"
@@ -31,8 +31,8 @@ LINE = re.compile(r"Recorded: study `(?P<study>.+)`, run `(?P<run>.+)`, (?P<date
 
 
 def experiments() -> list[Path]:
-    "Notebooks that papermill runs: those with settings."
-    return [p for p in sorted(NBS.glob("*.ipynb")) if (ROOT/"configs"/"tiny"/f"{p.stem}.yaml").exists()]
+    "Notebooks that papermill runs."
+    return [p for p in sorted(NBS.glob("*.ipynb")) if is_experiment(p.stem)]
 
 
 def code_cells(nb) -> list:
