@@ -6,7 +6,8 @@ from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
 
 NBS = Path(__file__).resolve().parent.parent/"nbs"
-NOTEBOOKS = [*(NBS/f"{page}.ipynb" for page in ("index", "results", "benchmarks", "equations", "protocols")), *sorted(NBS.glob("api/**/*.ipynb")), *sorted(NBS.glob("theory/*.ipynb"))]
+PAGES = [NBS/f"{page}.ipynb" for page in ("index", "results", "benchmarks", "equations", "protocols")]
+NOTEBOOKS = [*PAGES, *sorted(NBS.glob("api/**/*.ipynb")), *sorted(NBS.glob("theory/*.ipynb"))]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS).with_suffix("")))

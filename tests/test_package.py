@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/"reclip_nb"
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): p
            for p in sorted(PACKAGE.rglob("*.py"))
-           if p.name != "_modidx.py" and p != PACKAGE/"__init__.py" and p.read_text().strip()}   # empty: a folder's __init__
+           if p.name != "_modidx.py" and p != PACKAGE/"__init__.py"}
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
@@ -31,13 +31,14 @@ def imports(module: str) -> set[str]:
     "Dotted names a module imports, its own package's as `reclip_nb.x`."
     parents = ["reclip_nb", *module.split(".")]
     if MODULES[module].name != "__init__.py": parents = parents[:-1]
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
-        if isinstance(node, ast.ImportFrom):
-            base = ".".join([*parents[:len(parents)+1-node.level], *filter(None, [node.module])]) if node.level else node.module
-            found |= {base} | {f"{base}.{a.name}" for a in node.names}
-    return found
+        if isinstance(node, ast.Import): names |= {a.name for a in node.names}
+        if not isinstance(node, ast.ImportFrom): continue
+        base = node.module
+        if node.level: base = ".".join([*parents[:len(parents)+1-node.level], *filter(None, [node.module])])
+        names |= {base} | {f"{base}.{a.name}" for a in node.names}
+    return names
 
 
 def siblings(module: str) -> set[str]:
@@ -58,7 +59,8 @@ def public(module: str) -> list[ast.FunctionDef | ast.ClassDef]:
 
 def called(node: ast.FunctionDef | ast.ClassDef) -> list[ast.FunctionDef]:
     "The function, or the class's constructor."
-    return [node] if isinstance(node, ast.FunctionDef) else [m for m in node.body if getattr(m, "name", "") == "__init__"]
+    if isinstance(node, ast.FunctionDef): return [node]
+    return [m for m in node.body if getattr(m, "name", "") == "__init__"]
 
 
 def test_notebooks_mirror_the_package():
@@ -100,12 +102,14 @@ def test_package_needs_no_notebook_tools(module):
 @each_module
 def test_arguments_are_documented(module):
     "nbdev reads the comment behind each argument: one argument a line, each with its meaning, shape or unit."
-    lines, missing = MODULES[module].read_text().split("\n"), []
+    lines = MODULES[module].read_text().split("\n")
+    missing = []
     for f in itertools.chain.from_iterable(map(called, public(module))):
         a = f.args
         args = [x for x in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if x and x.arg != "self"]
         ends = [x.end_lineno for x in args]
-        missing += [f"{f.name}({x.arg})" for x in args if ends.count(x.end_lineno) > 1 or "#" not in lines[x.end_lineno-1]]
+        missing += [f"{f.name}({x.arg})" for x in args
+                    if ends.count(x.end_lineno) > 1 or "#" not in lines[x.end_lineno-1]]
     assert not missing
 
 

@@ -16,7 +16,8 @@ from reclip_nb.study import study_jobs
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
 API = sorted(NBS.rglob("api/**/*.ipynb"))
-PAGES = [NBS/f"{name}.ipynb" for name in ("index", "results", "benchmarks", "equations", "protocols", "paper_scale", "faq")]   # read, not run by papermill
+READ = ("index", "results", "benchmarks", "equations", "protocols", "paper_scale", "faq")  # pages without parameters
+PAGES = [NBS/f"{page}.ipynb" for page in READ]
 EXPERIMENTS = sorted(set(NBS.glob("*.ipynb"))-set(PAGES))
 NOTEBOOKS = sorted(NBS.rglob("*.ipynb"))
 SETTINGS = sorted(p for preset in ("tiny", "sample", "paper") for p in ROOT.glob(f"configs/{preset}/**/*.yaml"))
@@ -55,8 +56,9 @@ def parameters(path: Path) -> dict[str, ast.AnnAssign]:
 
 def repository() -> list[Path]:
     "Every file that is or would be committed."
-    found = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True)
-    return [p for p in (ROOT/f for f in found.stdout.decode().split("\0") if f) if p.is_file()]
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    return [p for p in (ROOT/f for f in listed.split("\0") if f) if p.is_file()]
 
 
 # Notebooks
@@ -120,7 +122,8 @@ def test_cross_references_have_labels_on_the_page(path):
 @each_experiment
 def test_parameters_cell(path):
     code = cells(path)
-    assert ["parameters" in c.metadata.get("tags", []) for c in code] == [True]+[False]*(len(code)-1), "first code cell, only"
+    tagged = ["parameters" in c.metadata.get("tags", []) for c in code]
+    assert tagged == [True]+[False]*(len(code)-1), "the first code cell has the parameters, and no other"
     known, lines = parameters(path), code[0].source.split("\n")
     assert len(known) == len(tree(code[0]).body), "annotated assignments only"
     assert {"study", "world", "seed"} <= known.keys()
@@ -146,7 +149,8 @@ def test_last_line_is_the_run(path):
 
 @pytest.mark.parametrize("path", SETTINGS, ids=name)
 def test_settings_are_parameters(path):
-    named = [p for p in EXPERIMENTS if path.stem == p.stem or path.stem.startswith(p.stem+"_")]   # train_aft_cifar: a variant
+    # train_aft_cifar is a variant of train_aft
+    named = [p for p in EXPERIMENTS if path.stem == p.stem or path.stem.startswith(p.stem+"_")]
     if not named: pytest.skip(f"no notebook {path.stem} is written yet")
     known = {k: ast.unparse(v.annotation) for k, v in parameters(named[0]).items()}
     given = yaml.safe_load(path.read_text()) or {}
@@ -176,8 +180,9 @@ def test_graph_resolves(preset):
 
 def test_cluster_profile():
     "Snakemake accepts the profile and finds a job for every run."
-    dry = [sys.executable, "-m", "snakemake", "--profile", "configs/slurm", "--executor", "local", "--dry-run", "--forceall",
-           "--config", "preset=paper", "world=imagenet"]   # the SLURM plugin itself need not be here
+    # the SLURM plugin itself is not needed for this
+    dry = [sys.executable, "-m", "snakemake", "--profile", "configs/slurm", "--executor", "local", "--dry-run",
+           "--forceall", "--config", "preset=paper", "world=imagenet"]
     run = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert {*re.findall(r"Job \d+: paper/imagenet-seed0/(\S+)", run.stdout)} == study_jobs("paper").keys()
@@ -209,9 +214,10 @@ def generated(tmp_path_factory) -> Path:
 
 def test_package_is_in_step(generated):
     "The package is what the notebooks export: no edit by hand, no module without a notebook."
-    made, kept = ({str(p.relative_to(r)): p.read_text() for p in (r/"reclip_nb").rglob("*.py")} for r in (generated, ROOT))
-    assert made.keys() == kept.keys()
-    assert [k for k in made if made[k] != kept[k]] == [], "run nbdev_export"
+    def package(folder): return {str(p.relative_to(folder)): p.read_text() for p in (folder/"reclip_nb").rglob("*.py")}
+    exported, committed = package(generated), package(ROOT)
+    assert exported.keys() == committed.keys()
+    assert [k for k in exported if exported[k] != committed[k]] == [], "run nbdev_export"
 
 
 def test_nbdev_yml_is_in_step(generated):
@@ -226,7 +232,8 @@ def sidebar(entry) -> list[str]:
 
 def test_sidebar_lists_every_notebook_once():
     site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
-    listed = [p for entry in sidebar(site["website"]["sidebar"]["contents"]) for p in sorted(NBS.glob(entry)) or [NBS/entry]]
+    entries = sidebar(site["website"]["sidebar"]["contents"])
+    listed = [p for entry in entries for p in sorted(NBS.glob(entry)) or [NBS/entry]]
     assert sorted(listed) == NOTEBOOKS
     assert site["metadata-files"] == ["nbdev.yml"] and (NBS/"nbdev.yml").exists()
 
@@ -243,10 +250,9 @@ def test_readme_is_the_index():
 
 def test_no_machine_paths():
     "No file names a folder of somebody's machine."
-    pattern = re.compile(r"(?<![\w.~:/-])/(?:work|tmp|root|home|Users)/(?!\*)".encode())
-    found = [f"{name(p)}: {m[0].decode()}" for p in repository()
-             for m in [pattern.search(p.read_bytes())] if m]
-    assert not found
+    pattern = re.compile(br"(?<![\w.~:/-])/(?:work|tmp|root|home|Users)/(?!\*)")
+    matches = {name(p): pattern.search(p.read_bytes()) for p in repository()}
+    assert not {path: match[0].decode() for path, match in matches.items() if match}
 
 
 def test_no_package_host():

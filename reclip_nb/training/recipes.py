@@ -96,7 +96,8 @@ def epg_objective(
 
 # %% ../../nbs/api/training/recipes.ipynb #18622e3e
 OBJECTIVES = dict(train_aft=aft_objective, train_dual=dual_objective, train_epg=epg_objective)
-PROTOCOLS = dict(train_aft={}, train_dual={}, train_epg=dict(mask="union of instances", geometry="image and mask alike"))
+PROTOCOLS = dict(train_aft={}, train_dual={},
+                 train_epg=dict(mask="union of instances", geometry="image and mask alike"))
 RUN_NAMES = dict(train_aft="aft{eps_255:g}", train_dual="dual{weight:g}", train_epg="epg{w_s:.1f}")
 
 
@@ -155,8 +156,9 @@ def open_run(
 ) -> Run:
     "The run folder, made by the main process."
     config, name = {k: v for k, v in vars(c).items() if k != "processes"}, run_name(notebook, c)
+    protocol = PROTOCOLS[notebook] | dict(processes=c.processes)
     with main_first():
-        if main_process(): start_run(study, name, notebook, config, PROTOCOLS[notebook] | dict(processes=c.processes))
+        if main_process(): start_run(study, name, notebook, config, protocol)
     return Run(runs_root()/study/name)
 
 # %% ../../nbs/api/training/recipes.ipynb #9e79f99d
@@ -176,7 +178,8 @@ def train_process(
     device, study = setup(c.threads, c.device), study_name(c.study, c.world, c.seed)
     with main_first(): student, teacher = student_and_teacher(c, study, device)
     data, test = training_data(c, student.image_size[0], device)
-    print(f"{student.name} ({student.activation}), {len(data):,} images of {student.image_size} px on {device}", flush=True)
+    size = student.image_size
+    print(f"{student.name} ({student.activation}), {len(data):,} images of {size} px on {device}", flush=True)
     objective = OBJECTIVES[notebook](c, student, teacher, data)
     run = open_run(notebook, c, study)
     probe = (lambda: robustness_probe(student, *test, seed=c.seed)) if test else None

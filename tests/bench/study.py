@@ -2,8 +2,9 @@
 
     python tests/bench/study.py [--world quick] [--cores 2] [--json FILE]
 
-`wall_s` means something on an idle machine only; `cpu_s`, the processor time of all its processes, holds on a busy one as well, and
-`wall_s` cannot fall below `cpu_s` over the number of cores. `seconds` of a run is its notebook's, by the wall clock, others beside it."""
+`wall_s` is meaningful on an idle machine only. `cpu_s`, the processor time of all processes, is meaningful on a busy
+machine too; `wall_s` cannot be less than `cpu_s` divided by the number of cores. `seconds` of a run is the wall time of
+its notebook."""
 import argparse
 import json
 import os
@@ -27,17 +28,20 @@ def notebook_seconds(folder):
 def study(world, cores):
     "Time of the graph, and of each of its runs, the longest first."
     with tempfile.TemporaryDirectory() as runs:
-        began, log = time.time(), Path(runs)/"log.txt"
+        log = Path(runs)/"log.txt"
+        began = time.time()
         with open(log, "w") as file:
-            done = subprocess.run(["make", "reproduce", f"WORLD={world}", f"CORES={cores}"], cwd=ROOT, stdout=file, stderr=file,
-                                  env=os.environ | dict(RECLIP_RUNS=runs))
+            make = subprocess.run(["make", "reproduce", f"WORLD={world}", f"CORES={cores}"], cwd=ROOT, stdout=file,
+                                  stderr=file, env=os.environ | dict(RECLIP_RUNS=runs))
         wall, used = time.time()-began, resource.getrusage(resource.RUSAGE_CHILDREN)
-        if done.returncode: raise SystemExit(log.read_text()[-3000:])
+        if make.returncode: raise SystemExit(log.read_text()[-3000:])
         folders = [f.parent for f in Path(runs).glob("*/*/*/metrics.json")]
         (report,) = Path(runs).glob("*/*/report/report.json")
         missing = sum(map(len, json.loads(report.read_text())["missing"].values()))
-        rows = sorted((dict(run=f.name, seconds=round(notebook_seconds(f))) for f in folders), key=lambda r: -r["seconds"])
-    total = dict(world=world, cores=cores, runs=len(rows), missing=missing, wall_s=round(wall), cpu_s=round(used.ru_utime+used.ru_stime))
+        rows = [dict(run=f.name, seconds=round(notebook_seconds(f))) for f in folders]
+    rows.sort(key=lambda row: -row["seconds"])
+    total = dict(world=world, cores=cores, runs=len(rows), missing=missing, wall_s=round(wall),
+                 cpu_s=round(used.ru_utime+used.ru_stime))
     return [total | dict(minutes=wall/60, asked_for_s=TARGET)], rows
 
 
@@ -48,7 +52,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
     total, runs = study(args.world, args.cores)
-    what = "make reproduce, every run of one seed without the sweeps, from nothing; asked for: 15 minutes on two idle cores"
-    found = dict(what=what, machine=machine() | dict(cores=os.cpu_count()), whole_study=total, by_run=runs)
-    print(json.dumps(found, indent=1))
-    if args.json: args.json.write_text(json.dumps(found, indent=1)+"\n")
+    what = "make reproduce: every run of one seed without the sweeps; target: 15 minutes on two idle cores"
+    result = dict(what=what, machine=machine() | dict(cores=os.cpu_count()), whole_study=total, by_run=runs)
+    print(json.dumps(result, indent=1))
+    if args.json: args.json.write_text(json.dumps(result, indent=1)+"\n")
