@@ -66,7 +66,8 @@ def test_every_notebook_becomes_a_page(site):
 
 def prose(path: Path) -> list[str]:
     "Lines of a notebook's markdown, without the links that nbdev puts around back-ticked names."
-    text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+    cells = json.loads(path.read_text())["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     return [line.strip() for line in re.sub(r"\[(`[^`]+`)\]\(https?:[^)]*\)", r"\1", text).split("\n") if line.strip()]
 
 
@@ -76,7 +77,8 @@ def test_no_prose_is_lost(site):
     for page, text in pages(site).items():
         head = front_matter(text)
         kept = {f"# {head.get('title')}", f"> {head.get('description')}", *prose(site/page)}
-        if missing := [line for line in prose(ROOT/"nbs"/page) if line not in kept]: lost[page] = missing
+        if missing := [line for line in prose(ROOT/"nbs"/page) if line not in kept]:
+            lost[page] = missing
     assert not lost
 
 
@@ -137,11 +139,14 @@ def test_experiment_pages_show_what_a_study_left(site, tmp_path):
     for page, ok in found.items():
         cells = json.loads((folder/f"{page}.ipynb").read_text())["cells"]
         code = [c for c in cells if c["cell_type"] == "code"]
-        assert all(c["source"] == "".join(c["source"]).splitlines(keepends=True) for c in cells), "Quarto's reader drops the newlines of a string"
+        lines = ["".join(c["source"]).splitlines(keepends=True) for c in cells]
+        assert [c["source"] for c in cells] == lines, "Quarto's reader drops the newlines of a single string"
         note = text(next(c for c in cells if c.get("id") == "outputs-from"))
         assert re.fullmatch(r"::: {.callout-note}\n.+\n:::", note)
-        if ok: assert "2026-01-02" in note and all([o["text"] for o in c["outputs"]] == ["seen"] for c in code)
-        else: assert "make reproduce" in note and ("recorded study" in note) == any(c["outputs"] for c in code)
+        if ok:
+            assert "2026-01-02" in note and all([o["text"] for o in c["outputs"]] == ["seen"] for c in code)
+        else:
+            assert "make reproduce" in note and ("recorded study" in note) == any(c["outputs"] for c in code)
 
 
 def test_a_page_never_mixes_two_studies(tmp_path):
