@@ -39,8 +39,8 @@ reproduce: install
 	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs --quiet host reason \
 		--config preset=$(PRESET) world=$(WORLD) seeds=$(SEEDS) sweeps=$(SWEEPS) $(ARGS)
 
-# the recorded study: always the embedded world at its usual size. Its outputs change the notebooks, not their code, so that
-# the finished runs stay valid: --touch says so to Snakemake
+# the recorded study is the embedded world at its usual size. Its outputs change the notebooks, not their code: finished runs
+# stay valid, and --touch says so to Snakemake
 record: SEEDS = 3
 record: SWEEPS = 1
 record: reproduce

@@ -28,6 +28,12 @@ def read(path):
     return nbformat.read(path, nbformat.NO_CONVERT)
 
 
+def defaults(path) -> dict:
+    "Values in the parameters cell of a notebook."
+    (cell,) = (c for c in read(path).cells if "parameters" in record.tags(c))
+    return {a.target.id: ast.literal_eval(a.value) for a in ast.parse(cell.source).body}
+
+
 def line_of(nb) -> re.Match:
     "The sentence that names the run of the outputs; fails where nothing is recorded."
     outputs = record.shown_cells(nb)[0].outputs
@@ -73,32 +79,36 @@ def test_recorded_outputs_are_of_the_recorded_study():
     revisions = {p["revision"][:12] for p in report["provenance"]}
     for path in EXPERIMENTS:
         line = line_of(read(path))
-        several = path.stem == "report" and len(report["studies"]) > 1   # the report over all seeds is a study of its own
+        # the report over several seeds is a study of its own, made when the study is recorded
+        several = path.stem == "report" and len(report["studies"]) > 1
         assert line["study"] == (record.STUDY if several else report["studies"][0]), path.stem
         assert line["run"] == SHOWN_RUN.get(path.stem, path.stem)
-        assert line["revision"] in revisions, f"{path.stem} is of another recording"
+        assert path.stem == "report" or line["revision"] in revisions, f"{path.stem} is of another recording"
 
 
 def test_recorded_parameters_are_those_of_today():
-    "Defaults of the notebook, settings of the world, parameters of the graph: what each recorded run was given is what it would get now."
+    "Every recorded run was given what it would get now from its notebook, the settings of the world and the graph."
     report, jobs, changed = json.loads(record.RECORD.read_text()), study_jobs("tiny", sweeps=True), []
     seeds = dict(zip(report["studies"], report["seeds"]))
     for run in report["runs"]:
         job = jobs[run["run"]]
-        (cell,) = (c for c in read(record.NBS/f"{job.notebook}.ipynb").cells if "parameters" in c.metadata.get("tags", []))
-        config = {a.target.id: ast.literal_eval(a.value) for a in ast.parse(cell.source).body}
-        for file in config_files("tiny", job.notebook, report["world"]): config |= yaml.safe_load(file.read_text()) or {}
+        config = defaults(record.NBS/f"{job.notebook}.ipynb")
+        for file in config_files("tiny", job.notebook, report["world"]):
+            config |= yaml.safe_load(file.read_text()) or {}
         config |= dict(study=run["study"], world=report["world"], seed=seeds[run["study"]]) | job.parameters
         recipe = {k: v for k, v in config.items() if k != "processes"}   # recipes leave it out: it changes no number
-        if run["digest"] not in (digest(config), digest(recipe)): changed.append(f"{run['study']}/{run['run']}")
+        if run["digest"] not in (digest(config), digest(recipe)):
+            changed.append(f"{run['study']}/{run['run']}")
     assert not changed, "run `make record`"
 
 
 def test_results_page_shows_the_recorded_study():
     "The tables of the page are those that the recorded JSON gives."
     text = sections(json.loads(record.RECORD.read_text()))
-    outputs = [o.get("data", {}).get("text/markdown") for c in record.code_cells(read(record.NBS/"results.ipynb")) for o in c.outputs]
-    for heading in ("Claims", "Findings", "Trade-off", "Dual AFT", "Coverage", "Made by"): assert text[heading] in outputs, heading
+    cells = record.code_cells(read(record.NBS/"results.ipynb"))
+    outputs = [o.get("data", {}).get("text/markdown") for c in cells for o in c.outputs]
+    for heading in ("Claims", "Findings", "Trade-off", "Dual AFT", "Coverage", "Made by"):
+        assert text[heading] in outputs, heading
 
 
 def test_recorded_outputs_are_small():
@@ -112,7 +122,8 @@ def test_recorded_outputs_are_small():
 def executed(path):
     "The copy that the smallest study executed, when its code is today's."
     file = SMALLEST/SHOWN_RUN.get(path.stem, path.stem)/"notebook.ipynb"
-    if not file.exists(): pytest.skip("not run here: make reproduce WORLD=smoke")
+    if not file.exists():
+        pytest.skip("not run here: make reproduce WORLD=smoke")
     copy = read(file)
     if [c.source for c in record.code_cells(copy)] != [c.source for c in record.code_cells(read(path))]:
         pytest.skip("the run here is of other code: make reproduce WORLD=smoke")
@@ -152,35 +163,38 @@ def picture(size):
 
 def sketch(*outputs):
     "A notebook with a parameters cell, a table, a picture and an end; outputs, if any, by cell."
-    code = nbformat.v4.new_code_cell
-    cells = [code("steps: int = 3 # updates", id="a", metadata=dict(tags=["parameters"])), code("frame", id="b", metadata=dict(tags=["shown"])),
-             code("fig # drawn above", id="c", metadata=dict(tags=["shown"])), code("run", id="d")]
-    for cell, own in zip(cells, outputs): cell.outputs = own
-    return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+    code, parameters, shown = nbformat.v4.new_code_cell, dict(tags=["parameters"]), dict(tags=["shown"])
+    cells = [code("steps: int = 3 # updates", id="a", metadata=parameters), code("frame", id="b", metadata=shown),
+             code("fig # drawn above", id="c", metadata=shown), code("run", id="d")]
+    for cell, own in zip(cells, outputs):
+        cell.outputs = own
+    kernel = dict(name="python3", display_name="python3", language="python")
+    return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
 
 
 @pytest.fixture
 def ran(tmp_path):
     "A notebook and the folder of its run."
     out, show = nbformat.v4.new_output, record.output
-    copy = sketch([], [out("stream", name="stderr", text="warning"), show("text/html", TABLE), show("text/html", "<table></table>")],
-                  [out("stream", name="stdout", text="PG"), show("image/png", picture((900, 700)))], [out("execute_result", {"text/plain": "Run(s/r)"})])
+    tables = [out("stream", name="stderr", text="warning"), show("text/html", TABLE), show("text/html", "<table/>")]
+    pictures = [out("stream", name="stdout", text="PG"), show("image/png", picture((900, 700)))]
+    copy = sketch([], tables, pictures, [out("execute_result", {"text/plain": "Run(s/r)"})])
     copy.cells.insert(1, nbformat.v4.new_code_cell("steps = 5", metadata=dict(tags=["injected-parameters"])))
     run = tmp_path/"runs"/"r"
     run.mkdir(parents=True)
     nbformat.write(copy, run/"notebook.ipynb")
-    made = dict(time="2026-01-02T03:04:05+0000", revision="0123456789abcdef", modified=True)
-    (run/"run.json").write_text(json.dumps(dict(study="s", provenance=made)))
+    origin = dict(time="2026-01-02T03:04:05+0000", revision="0123456789abcdef", modified=True)
+    (run/"run.json").write_text(json.dumps(dict(study="s", provenance=origin)))
     nbformat.write(sketch([], [], [], [out("stream", name="stdout", text="old")]), tmp_path/"r.ipynb")
     return tmp_path/"r.ipynb", run
 
 
 def test_recorded_notebook_keeps_one_output_a_shown_cell(ran):
     nb = record.recorded(*ran)
-    (_, table, figure, end) = nb.cells
+    _, table, figure, end = nb.cells
     line, kept = table.outputs
-    assert line.data["text/markdown"] == ("Recorded: study `s`, run `r`, 2026-01-02, revision `0123456789ab` with local changes, "
-                                          f"code `{record.code_digest(nb)}`.")
+    assert line.data["text/markdown"] == ("Recorded: study `s`, run `r`, 2026-01-02, revision `0123456789ab` "
+                                          f"with local changes, code `{record.code_digest(nb)}`.")
     assert kept.data == {"text/html": TABLE}
     assert [*figure.outputs[0].data] == ["image/jpeg"] and not end.outputs
     again = json.loads(nbformat.writes(nb))
@@ -193,7 +207,8 @@ def test_run_of_other_code_is_not_recorded(ran):
     nb = read(ran[0])
     nb.cells[1].source = "frame.round(2)"
     nbformat.write(nb, ran[0])
-    with pytest.raises(SystemExit, match="other code"): record.recorded(*ran)
+    with pytest.raises(SystemExit, match="other code"):
+        record.recorded(*ran)
 
 
 def test_code_digest_follows_code_and_not_comments():

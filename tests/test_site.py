@@ -1,4 +1,4 @@
-"""The pages of the site, as nbdev processes them for Quarto: every page builds, and every link on it leads somewhere."""
+"""The pages of the site, as nbdev processes them for Quarto: every page builds, and every link has a target."""
 import json
 import os
 import re
@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    "Folder of processed notebooks, built from a copy. Runs what the real build runs: exported cells and imports, alone."
+    "Folder of processed notebooks, built from a copy. As in the real build, only exported cells and imports run."
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT/"nbs", folder/"nbs", ignore=shutil.ignore_patterns(".*"))
     for file in ("settings.ini", "_quarto.yml"): shutil.copy(ROOT/file, folder)
-    process = "import os; from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True); os._exit(0)"   # shells close slowly
+    # os._exit: the shells that nbdev opens take long to close
+    process = "import os; from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True); os._exit(0)"
     env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     subprocess.run([sys.executable, "-c", process], cwd=folder, env=env, check=True)
     return folder/"_proc"
@@ -66,23 +67,26 @@ def test_every_notebook_becomes_a_page(site):
 
 def prose(path: Path) -> list[str]:
     "Lines of a notebook's markdown, without the links that nbdev puts around back-ticked names."
-    text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+    cells = json.loads(path.read_text())["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     return [line.strip() for line in re.sub(r"\[(`[^`]+`)\]\(https?:[^)]*\)", r"\1", text).split("\n") if line.strip()]
 
 
 def test_no_prose_is_lost(site):
     "Title and description of a notebook are in the head of its page, every other line in its body."
     lost = {}
-    for page, text in pages(site).items():
-        head = front_matter(text)
+    for page, prose in pages(site).items():
+        head = front_matter(prose)
         kept = {f"# {head.get('title')}", f"> {head.get('description')}", *prose(site/page)}
-        if missing := [line for line in prose(ROOT/"nbs"/page) if line not in kept]: lost[page] = missing
+        if missing := [line for line in prose(ROOT/"nbs"/page) if line not in kept]:
+            lost[page] = missing
     assert not lost
 
 
 def test_pages_hold_no_traceback(site):
     "What nbdev runs while it makes a page, the tables of arguments above all."
-    assert not [str(p.relative_to(site)) for p in site.rglob("*.ipynb") if "Traceback (most recent call last)" in p.read_text()]
+    failed = [p for p in site.rglob("*.ipynb") if "Traceback (most recent call last)" in p.read_text()]
+    assert not [str(p.relative_to(site)) for p in failed]
 
 
 def test_pages_have_addresses_of_their_own(site):
@@ -92,15 +96,18 @@ def test_pages_have_addresses_of_their_own(site):
 
 def addresses(texts: dict[str, str]) -> dict[str, str]:
     "Markdown of every page by its source and by its address in the rendered site."
-    rendered = {Path(p).with_name(front_matter(t).get("output-file", f"{Path(p).stem}.html")): t for p, t in texts.items()}
-    return texts | {str(p): t for p, t in rendered.items()}
+    rendered = {}
+    for path, prose in texts.items():
+        name = front_matter(prose).get("output-file", f"{Path(path).stem}.html")
+        rendered[str(Path(path).with_name(name))] = prose
+    return texts | rendered
 
 
 def test_relative_links_lead_somewhere(site):
     texts, broken = pages(site), []
     known = addresses(texts)
-    for page, text in texts.items():
-        for link in links(text):
+    for page, prose in texts.items():
+        for link in links(prose):
             target, _, anchor = link.partition("#")
             if re.match(r"\w+:", link): continue
             file = os.path.normpath(Path(page).parent/target) if target else page
@@ -114,8 +121,8 @@ def test_links_to_the_own_site_lead_somewhere(site):
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini", encoding="utf-8")
     home, texts = config["DEFAULT"]["doc_host"]+config["DEFAULT"]["doc_baseurl"]+"/", pages(site)
-    found = {link.removeprefix(home).partition("#")[0] for t in texts.values() for link in links(t) if link.startswith(home)}
-    assert found <= addresses(texts).keys()
+    to_site = [link for prose in texts.values() for link in links(prose) if link.startswith(home)]
+    assert {link.removeprefix(home).partition("#")[0] for link in to_site} <= addresses(texts).keys()
 
 
 def test_experiment_pages_show_what_a_study_left(site, tmp_path):
@@ -124,10 +131,13 @@ def test_experiment_pages_show_what_a_study_left(site, tmp_path):
     shutil.copytree(site, folder)
     for page, run in (("localisation", "localisation"), ("train_aft", "aft4")):
         nb = json.loads((ROOT/"nbs"/f"{page}.ipynb").read_text())
-        made = [dict(output_type="stream", name="stdout", text="seen"), dict(output_type="stream", name="stderr", text="warning"),
-                dict(output_type="display_data", metadata={}, data={"application/vnd.jupyter.widget-view+json": {}})]
-        for cell in nb["cells"]: cell |= dict(outputs=made) if cell["cell_type"] == "code" else {}
-        nb["cells"].insert(3, dict(cell_type="code", source="study = 'x'", outputs=[], metadata={"tags": ["injected-parameters"]}, execution_count=1))
+        outputs = [dict(output_type="stream", name="stdout", text="seen"),
+                   dict(output_type="stream", name="stderr", text="warning"),
+                   dict(output_type="display_data", metadata={}, data={"application/vnd.jupyter.widget-view+json": {}})]
+        for cell in nb["cells"]: cell |= dict(outputs=outputs) if cell["cell_type"] == "code" else {}
+        injected = dict(cell_type="code", source="study = 'x'", outputs=[], execution_count=1,
+                        metadata={"tags": ["injected-parameters"]})
+        nb["cells"].insert(3, injected)
         (study/run).mkdir(parents=True)
         (study/run/"notebook.ipynb").write_text(json.dumps(nb))
         (study/run/"run.json").write_text(json.dumps(dict(provenance=dict(time="2026-01-02T03:04:05"))))
@@ -137,11 +147,14 @@ def test_experiment_pages_show_what_a_study_left(site, tmp_path):
     for page, ok in found.items():
         cells = json.loads((folder/f"{page}.ipynb").read_text())["cells"]
         code = [c for c in cells if c["cell_type"] == "code"]
-        assert all(c["source"] == "".join(c["source"]).splitlines(keepends=True) for c in cells), "Quarto's reader drops the newlines of a string"
+        lines = ["".join(c["source"]).splitlines(keepends=True) for c in cells]
+        assert [c["source"] for c in cells] == lines, "Quarto's reader drops the newlines of a single string"
         note = text(next(c for c in cells if c.get("id") == "outputs-from"))
         assert re.fullmatch(r"::: {.callout-note}\n.+\n:::", note)
-        if ok: assert "2026-01-02" in note and all([o["text"] for o in c["outputs"]] == ["seen"] for c in code)
-        else: assert "make reproduce" in note and ("recorded study" in note) == any(c["outputs"] for c in code)
+        if ok:
+            assert "2026-01-02" in note and all([o["text"] for o in c["outputs"]] == ["seen"] for c in code)
+        else:
+            assert "make reproduce" in note and ("recorded study" in note) == any(c["outputs"] for c in code)
 
 
 def test_a_page_never_mixes_two_studies(tmp_path):
@@ -149,7 +162,8 @@ def test_a_page_never_mixes_two_studies(tmp_path):
     cell = dict(cell_type="code", id="a", metadata={}, execution_count=None, source=["frame"])
     seen = [dict(output_type="stream", name="stdout", text="recorded")]
     page, study = tmp_path/"retrieval.ipynb", tmp_path/"tiny"/"quick-seed0"
-    page.write_text(json.dumps(dict(cells=[dict(cell_type="markdown", source=["# Opening"]), cell | dict(outputs=seen)])))
+    opening = dict(cell_type="markdown", source=["# Opening"])
+    page.write_text(json.dumps(dict(cells=[opening, cell | dict(outputs=seen)])))
     kept = page.read_text()
     assert not fill(page, study)
     note, code = json.loads(page.read_text())["cells"][1:]

@@ -138,7 +138,8 @@ def test_figures_are_drawn_by_pyplot_and_shown(path):
     for cell in cells(path):
         calls = {ast.unparse(n.func) for n in ast.walk(tree(cell)) if isinstance(n, ast.Call)}
         assert not calls & {"Figure", "matplotlib.figure.Figure"}
-        if "savefig(" in cell.source: assert "display" in calls or isinstance(tree(cell).body[-1], ast.Expr)
+        if "savefig(" in cell.source:
+            assert "display" in calls or isinstance(tree(cell).body[-1], ast.Expr)
 
 
 @each_experiment

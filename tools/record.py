@@ -1,8 +1,7 @@
-"""The recorded study: its report, the picture of the front page, and the table and figure that each experiment notebook shows.
-`make record` runs this after the study.
+"""The recorded study: its report, the picture of the front page, and what each experiment notebook shows.
 
-A cell tagged `shown` keeps the first table or picture of its run; the first such cell of a notebook opens with a line that names
-the run. No other cell of an experiment has an output."""
+`make record` runs this after the study. A cell tagged `shown` keeps the first table or picture of its run; the first
+such cell of a notebook opens with a line that names the run. No other cell of an experiment has an output."""
 import base64
 import io
 import json
@@ -24,31 +23,47 @@ RECORD = NBS/"results"/"tiny_quick.json"
 GALLERY = NBS/"images"/"gallery.jpg"
 STUDY = "tiny/quick"
 READERS = ("results", "protocols", "index")   # pages whose outputs come from the recorded JSON
+PICTURE = 85_000      # bytes of a picture, at most
+NOTEBOOK = 150_000    # bytes of an experiment notebook, at most
+ALL = 4_000_000       # bytes of all experiment notebooks, at most
 RICH = ("text/html", "text/markdown", "image/png", "image/jpeg")
-PICTURE, NOTEBOOK, ALL = 85_000, 150_000, 4_000_000   # bytes at most: of a picture, of an experiment notebook, of all of them
 LINE = re.compile(r"Recorded: study `(?P<study>.+)`, run `(?P<run>.+)`, (?P<date>[\d-]+), revision `(?P<revision>\w+)`"
                   r"(?P<changes> with local changes)?, code `(?P<code>\w+)`\.")
 
+
+# Notebooks and their cells
 
 def experiments() -> list[Path]:
     "Notebooks that papermill runs."
     return [p for p in sorted(NBS.glob("*.ipynb")) if is_experiment(p.stem)]
 
 
+def tags(cell) -> set[str]:
+    "Tags of a cell."
+    return {*cell.metadata.get("tags", [])}
+
+
 def code_cells(nb) -> list:
     "Code cells of a notebook, without the one that papermill injects."
-    return [c for c in nb.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    return [c for c in nb.cells if c.cell_type == "code" and "injected-parameters" not in tags(c)]
 
 
 def shown_cells(nb) -> list:
     "Cells whose output is recorded."
-    return [c for c in code_cells(nb) if "shown" in c.metadata.get("tags", [])]
+    return [c for c in code_cells(nb) if "shown" in tags(c)]
 
 
 def code_digest(nb) -> str:
     "Names the code behind what a notebook shows: its parameters and its shown cells, without their comments."
-    cells = [c for c in code_cells(nb) if {"parameters", "shown"} & {*c.metadata.get("tags", [])}]
-    return digest([re.sub(r"\s*# .*", "", line) for c in cells for line in c.source.splitlines()])
+    sources = [c.source for c in code_cells(nb) if tags(c) & {"parameters", "shown"}]
+    return digest([re.sub(r"\s*# .*", "", line) for source in sources for line in source.splitlines()])
+
+
+# What a cell shows
+
+def output(kind: str, content: str):
+    "A cell's output of one kind."
+    return nbformat.v4.new_output("display_data", {kind: content})
 
 
 def first_rich(cell) -> tuple[str, str] | None:
@@ -58,11 +73,14 @@ def first_rich(cell) -> tuple[str, str] | None:
 
 def columns(kind: str, content: str) -> list[str]:
     "Names in the head of a table, HTML or markdown; of a picture, none."
-    if kind.startswith("image"): return []
-    if kind == "text/markdown": return [name.strip() for name in content.splitlines()[0].strip("|").split("|")]
+    if kind.startswith("image"):
+        return []
+    if kind == "text/markdown":
+        return [name.strip() for name in content.splitlines()[0].strip("|").split("|")]
     head = re.search(r"<thead>(.*?)</thead>", content, re.S)[1]
-    names = (re.sub(r"<[^>]*>|&nbsp;", "", name).strip() for name in re.findall(r"<th\b[^>]*>(.*?)</th>", head, re.S))
-    return [name for name in names if name]
+    names = re.findall(r"<th\b[^>]*>(.*?)</th>", head, re.S)
+    texts = (re.sub(r"<[^>]*>|&nbsp;", "", name).strip() for name in names)
+    return [name for name in texts if name]
 
 
 def small(picture: str) -> tuple[str, str]:
@@ -74,22 +92,20 @@ def small(picture: str) -> tuple[str, str]:
         for kind, version, options in (("png", scaled.quantize(256), {}), ("jpeg", scaled, dict(quality=80))):
             file = io.BytesIO()
             version.save(file, kind, optimize=True, **options)
-            if file.tell() <= PICTURE: return f"image/{kind}", base64.b64encode(file.getvalue()).decode()
+            if file.tell() <= PICTURE:
+                return f"image/{kind}", base64.b64encode(file.getvalue()).decode()
         scale *= .9
 
+
+# Recording
 
 def line(run: Path, nb) -> str:
     "The sentence that says which run made the outputs of a notebook."
     info = json.loads((run/"run.json").read_text())
-    made = info["provenance"]
-    changes = " with local changes" if made["modified"] else ""
-    return (f"Recorded: study `{info['study']}`, run `{run.name}`, {made['time'][:10]}, "
-            f"revision `{made['revision'][:12] or 'unknown'}`{changes}, code `{code_digest(nb)}`.")
-
-
-def output(kind: str, content: str):
-    "A cell's output of one kind."
-    return nbformat.v4.new_output("display_data", {kind: content})
+    origin = info["provenance"]
+    changes = " with local changes" if origin["modified"] else ""
+    return (f"Recorded: study `{info['study']}`, run `{run.name}`, {origin['time'][:10]}, "
+            f"revision `{origin['revision'][:12] or 'unknown'}`{changes}, code `{code_digest(nb)}`.")
 
 
 def recorded(notebook: Path, run: Path):
@@ -97,42 +113,55 @@ def recorded(notebook: Path, run: Path):
     nb, executed = (nbformat.read(file, nbformat.NO_CONVERT) for file in (notebook, run/"notebook.ipynb"))
     if [c.source for c in code_cells(nb)] != [c.source for c in code_cells(executed)]:
         sys.exit(f"{run} was made by other code than {notebook.name} has now: run `make reproduce`")
-    executed_cells = {c.id: c for c in code_cells(executed)}
-    for cell in code_cells(nb): cell.outputs = []
-    for cell in shown_cells(nb):
-        rich = first_rich(executed_cells[cell.id])
-        if rich is None: sys.exit(f"{run}: the shown cell {cell.id} has neither a table nor a picture")
-        cell.outputs = [output(*(small(rich[1]) if rich[0].startswith("image") else rich))]
+    for cell, source in zip(code_cells(nb), code_cells(executed)):
+        cell.outputs = []
+        if "shown" not in tags(cell):
+            continue
+        rich = first_rich(source)
+        if rich is None:
+            sys.exit(f"{run}: the shown cell {cell.id} has neither a table nor a picture")
+        cell.outputs = [output(*small(rich[1]))] if rich[0].startswith("image") else [output(*rich)]
     shown_cells(nb)[0].outputs.insert(0, output("text/markdown", line(run, nb)))
-    size = len(nbformat.writes(nb))
-    if size > NOTEBOOK: sys.exit(f"{notebook.name} would have {size:,} bytes, {NOTEBOOK:,} are allowed: show less")
+    size = len(nbformat.writes(nb).encode())
+    if size > NOTEBOOK:
+        sys.exit(f"{notebook.name} would have {size:,} bytes, {NOTEBOOK:,} are allowed: show less")
     return nb
 
 
 def report(seeds: int) -> Path:
     "Run folder of the report over all seeds; over one, the graph has made it."
-    if seeds == 1: return runs_root()/f"{STUDY}-seed0"/"report"
+    if seeds == 1:
+        return runs_root()/f"{STUDY}-seed0"/"report"
     folder = runs_root()/STUDY/"report"
     folder.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(NBS/"report.ipynb", folder/"notebook.ipynb", dict(world="quick", seeds=seeds), progress_bar=False)
+    parameters = dict(world=STUDY.partition("/")[2], seeds=seeds)
+    papermill.execute_notebook(NBS/"report.ipynb", folder/"notebook.ipynb", parameters, progress_bar=False)
     return folder
 
 
+def execute(page: Path) -> None:
+    "Run a page that reads the recorded JSON, in place."
+    nb = nbformat.read(page, nbformat.NO_CONVERT)
+    resources = dict(metadata=dict(path=page.parent))
+    NotebookClient(nb, kernel_name="python3", record_timing=False, resources=resources).execute()
+    nbformat.write(nb, page)
+
+
 def record(seeds: int) -> None:
-    "Write everything that is recorded; nothing before all of it is known to be complete."
+    "Write everything that is recorded, and nothing before every notebook is known to be complete."
     study, summary = runs_root()/f"{STUDY}-seed0", report(seeds)
-    folders = {p: study/SHOWN_RUN.get(p.stem, p.stem) for p in experiments()} | {NBS/"report.ipynb": summary}
-    notebooks = {path: recorded(path, run) for path, run in folders.items()}
-    for path, nb in notebooks.items(): nbformat.write(nb, path)
+    runs = {p: study/SHOWN_RUN.get(p.stem, p.stem) for p in experiments()} | {NBS/"report.ipynb": summary}
+    notebooks = {path: recorded(path, run) for path, run in runs.items()}
+    for path, nb in notebooks.items():
+        nbformat.write(nb, path)
     shutil.copy(summary/"report.json", RECORD)
     gallery = Image.open(study/"saliency_gallery"/"simple_gradient.png").convert("RGB")
     gallery.thumbnail((1000, 1000))
     gallery.save(GALLERY, quality=85, optimize=True)
     for page in READERS:
-        nb = nbformat.read(NBS/f"{page}.ipynb", nbformat.NO_CONVERT)
-        NotebookClient(nb, kernel_name="python3", record_timing=False, resources=dict(metadata=dict(path=NBS))).execute()
-        nbformat.write(nb, NBS/f"{page}.ipynb")
-    print(f"recorded {len(notebooks)} notebooks, {sum(p.stat().st_size for p in notebooks)/1e6:.1f} MB, and {', '.join(READERS)}")
+        execute(NBS/f"{page}.ipynb")
+    megabytes = sum(path.stat().st_size for path in notebooks)/1e6
+    print(f"recorded {len(notebooks)} notebooks, {megabytes:.1f} MB, the report, and {', '.join(READERS)}")
 
 
 if __name__ == "__main__":
