@@ -75,8 +75,8 @@ def prose(path: Path) -> list[str]:
 def test_no_prose_is_lost(site):
     "Title and description of a notebook are in the head of its page, every other line in its body."
     lost = {}
-    for page, prose in pages(site).items():
-        head = front_matter(prose)
+    for page, page_text in pages(site).items():
+        head = front_matter(page_text)
         kept = {f"# {head.get('title')}", f"> {head.get('description')}", *prose(site/page)}
         if missing := [line for line in prose(ROOT/"nbs"/page) if line not in kept]:
             lost[page] = missing
