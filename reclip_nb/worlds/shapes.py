@@ -37,19 +37,19 @@ class World:
     val: int = 512  # validation scenes (one to three objects)
     per_class: int = 16  # single-object zero-shot images of each of the 24 classes
     objects: tuple[float, ...] = (.6, .25, .15)  # probability of 1, 2, 3 objects
-    radius_single: tuple[float, float] = (.16, .32)  # radius range of a lone object, image sides
-    radius_many: tuple[float, float] = (.15, .24)  # radius range where there are several, image sides
+    radius_single: tuple[float, float] = (.16, .32)  # radius range of a single object, image sides
+    radius_many: tuple[float, float] = (.15, .24)  # radius range of one of several objects, image sides
     period: tuple[float, float] = (3.6, 5.2)  # pattern period range, pixels
     jitter: float = 12 / 255  # standard deviation of an object's colour, [0,1] scale
-    noise: float = 8 / 255  # standard deviation of the pixel noise over everything, [0,1] scale
+    noise: float = 8 / 255  # standard deviation of the pixel noise, [0,1] scale
 
 WORLDS = {"smoke": World(size=32, train=3000), "quick": World(train=6000), "full": World()}
 SPLITS, KINDS = ("train", "val"), ("scenes", "zero_shot")
 
 def _rng(seed: int, split: str, kind: str, index: int) -> np.random.Generator:
-    "The random stream that belongs to one scene alone: no two (seed, split, kind, index) share it."
-    for given, allowed in ((split, SPLITS), (kind, KINDS)):
-        if given not in allowed: raise ValueError(f"no {given!r} here: choose one of {allowed}")
+    "Random generator of one scene; no two (seed, split, kind, index) share it. Raises ValueError for unknown names."
+    if split not in SPLITS: raise ValueError(f"no split {split!r}: choose one of {SPLITS}")
+    if kind not in KINDS: raise ValueError(f"no kind of scenes {kind!r}: choose one of {KINDS}")
     return np.random.default_rng([seed, SPLITS.index(split), KINDS.index(kind), index])
 
 # %% ../../nbs/api/worlds/shapes.ipynb #29b66714
@@ -69,7 +69,7 @@ class Shape:
 
     @property
     def phrase(self) -> str:
-        "What the caption says of it, with its article."
+        "Phrase in the caption, with an article: class name of colour and pattern."
         return _phrase(CLASSES[self.label])
 
 def _phrase(name: str) -> str:
@@ -93,14 +93,14 @@ def _outline_mask(shape: Shape, size: int) -> np.ndarray:
 
 # %% ../../nbs/api/worlds/shapes.ipynb #c773187b
 def _pattern_mask(pattern: str, world: World, rng: np.random.Generator) -> np.ndarray:
-    "Where the second tone goes, (size, size) bool."
+    "Pixels of the second tone, (size, size) bool."
     y, x = _grid(world.size)
     low, high = world.period
     period, *phase = rng.random(3) * (high - low, 1, 1) + (low, 0, 0)
     if pattern == "plain": return np.zeros((world.size, world.size), bool)
     if pattern == "striped": x = (x + y * rng.choice((-1, 1))) / 2**.5
     u, v = x / period + phase[0], y / period + phase[1]
-    u, v = u - np.floor(u), v - np.floor(v)  # the same as % 1, many times faster
+    u, v = u - np.floor(u), v - np.floor(v)  # equals % 1, but is many times faster
     match pattern:
         case "striped": return u < .5
         case "dotted": return (u - .5)**2 + (v - .5)**2 < .33**2
@@ -108,13 +108,13 @@ def _pattern_mask(pattern: str, world: World, rng: np.random.Generator) -> np.nd
 
 def fill(
     image: np.ndarray,  # (size, size, 3) float, changed in place
-    mask: np.ndarray,  # (size, size) bool, where to paint
+    mask: np.ndarray,  # (size, size) bool, pixels to paint
     colour: str,  # key of COLOURS
     pattern: str,  # one of PATTERNS
     world: World,  # size, colour jitter and period range
-    rng: np.random.Generator,  # source of tones, period and phase
+    rng: np.random.Generator,  # draws tones, period and phase
 ) -> None:
-    "Paint colour and pattern over a mask."
+    "Paint a colour and a pattern on the pixels of a mask."
     base = np.array(COLOURS[colour]) / 255 + rng.normal(0, world.jitter, 3)
     second = .45 * base + .55 * rng.integers(2)  # towards black or white
     np.copyto(image, base.astype(np.float32), where=mask[..., None])
@@ -122,25 +122,27 @@ def fill(
 
 # %% ../../nbs/api/worlds/shapes.ipynb #5898253a
 def _layout(count: int, world: World, rng: np.random.Generator) -> list[tuple[tuple[float, float], float]]:
-    "Centre (row, column) and radius, in pixels, of objects that lie inside the image and apart."
-    size, bounds = world.size, world.radius_single if count == 1 else world.radius_many
+    "Centre (row, column) and radius, in pixels, of `count` objects that lie inside the image and do not overlap."
+    size = world.size
+    bounds = world.radius_single if count == 1 else world.radius_many
     for attempt in itertools.count():
-        if attempt % 20 == 0: radii = (rng.uniform(*bounds, count) * size).tolist()  # three large ones may not fit
+        if attempt % 20 == 0: radii = (rng.uniform(*bounds, count) * size).tolist()  # three large objects may not fit
         y, x = rng.random((2, count)).tolist()
         places = [((r + (size - r - r) * v, r + (size - r - r) * u), r) for r, v, u in zip(radii, y, x)]
-        if all(math.dist(a, b) > 1.13 * (p + q) for (a, p), (b, q) in itertools.combinations(places, 2)): return places
+        pairs = itertools.combinations(places, 2)
+        if all(math.dist(a, b) > 1.13 * (p + q) for (a, p), (b, q) in pairs): return places
 
 # %% ../../nbs/api/worlds/shapes.ipynb #865c142c
 @cache
 def _upsampler(cells: int, size: int) -> np.ndarray:
-    "Linear interpolation from a coarse to a fine grid as a matrix, (size, cells) float32."
+    "Matrix of the linear interpolation from a coarse to a fine grid, (size, cells) float32."
     at = np.linspace(0, cells - 1, size)
     return np.maximum(0, 1 - abs(at[:, None] - np.arange(cells))).astype(np.float32)
 
 def smooth_field(
-    cells: int,  # random values along a side
+    cells: int,  # random values along one side
     size: int,  # side of the result, pixels
-    rng: np.random.Generator,  # their source
+    rng: np.random.Generator,  # draws the values
 ) -> np.ndarray:  # (size, size, 3) float32 in [0,1]
     "Random RGB values on a coarse grid, interpolated."
     up = _upsampler(cells, size)
@@ -148,7 +150,8 @@ def smooth_field(
 
 def _background(world: World, rng: np.random.Generator) -> np.ndarray:
     "A scene without objects, (size, size, 3) float32 in [0,1]."
-    size, (y, x) = world.size, _grid(world.size)
+    size = world.size
+    y, x = _grid(size)
     image = smooth_field(5, size, rng)
     image += rng.uniform(.2, .8) * (image.mean(-1, keepdims=True) - image)  # desaturate
     image += .25 * (smooth_field(size // 4, size, rng) - .5)
@@ -160,16 +163,16 @@ def _background(world: World, rng: np.random.Generator) -> np.ndarray:
         height, width = rng.integers(2, size // 8 + 1, 2)
         top, left = rng.integers(size - height), rng.integers(size - width)
         image[top:top + height, left:left + width] = rng.random(3)
-    return .3 + .4 * image  # calmer than the objects, or minutes are not enough to learn the patterns
+    return .3 + .4 * image  # lower contrast than the objects, else learning the patterns takes longer than minutes
 
 # %% ../../nbs/api/worlds/shapes.ipynb #367ad6be
 @dataclass(frozen=True)
 class Scene:
-    "One image with everything that is true of it."
+    "One image with its masks, objects and caption."
     image: np.ndarray  # (size, size, 3) uint8
     instances: np.ndarray  # (size, size) uint8: 0 background, k = k-th object
-    shapes: tuple[Shape, ...]  # in the caption's order
-    caption: str
+    shapes: tuple[Shape, ...]  # in the order of the caption
+    caption: str  # names colour and pattern of every object
 
 def _content(world: World, index: int, kind: str, rng: np.random.Generator) -> tuple[tuple[Shape, ...], str]:
     "The objects of a scene and its caption."
@@ -186,30 +189,32 @@ def make_scene(
     index: int = 0,  # position in the data set
     kind: str = "scenes",  # "scenes": random content; "zero_shot": one object of class index mod 24
 ) -> Scene:
-    "The scene at one position of one data set; the same arguments give the same bytes."
+    "The scene at one position of a data set; the same arguments give the same bytes. Raises ValueError."
     rng = _rng(seed, split, kind, index)
     shapes, caption = _content(world, index, kind, rng)
-    image, instances = _background(world, rng), np.zeros((world.size, world.size), np.uint8)
+    image = _background(world, rng)
+    instances = np.zeros((world.size, world.size), np.uint8)
     for k, shape in enumerate(shapes, 1):
-        instances[mask := _outline_mask(shape, world.size)] = k
+        mask = _outline_mask(shape, world.size)
+        instances[mask] = k
         fill(image, mask, shape.colour, shape.pattern, world, rng)
     image += world.noise * rng.standard_normal(image.shape, dtype=np.float32)
     return Scene((image.clip(0, 1) * 255).round().astype(np.uint8), instances, shapes, caption)
 
 # %% ../../nbs/api/worlds/shapes.ipynb #66137acb
 def concept_map(
-    scene: Scene,  # as from make_scene
+    scene: Scene,  # see `make_scene`
 ) -> np.ndarray:
-    "Concept numbers (3, size, size) uint8 of colour, pattern, outline: 0 none, else 1 + place in CONCEPTS."
-    named = [(s.colour, s.pattern, s.outline) for s in scene.shapes]
-    numbers = [[1 + names.index(n) for n, names in zip(row, CONCEPTS.values())] for row in named]
+    "Concept numbers (3, size, size) uint8 of colour, pattern, outline: 0 none, else 1 + position in CONCEPTS."
+    names = [(s.colour, s.pattern, s.outline) for s in scene.shapes]
+    numbers = [[1 + concepts.index(n) for n, concepts in zip(row, CONCEPTS.values())] for row in names]
     return np.array([(0, 0, 0), *numbers], np.uint8)[scene.instances].transpose(2, 0, 1)
 
 # %% ../../nbs/api/worlds/shapes.ipynb #c257ffdd
 def prompts(
     style: str = "single",  # "single": one opening; "ensemble": all three
 ) -> list[list[str]]:
-    "Prompts of every class, 24 lists of 1 or 3."
+    "Prompts of every class, 24 lists of 1 or 3. Raises ValueError for an unknown style."
     count = dict(single=1, ensemble=len(OPENINGS)).get(style)
     if count is None: raise ValueError(f"no prompt style {style!r}: choose 'single' or 'ensemble'")
     return [[f"{opening} {_phrase(name)}" for opening in OPENINGS[:count]] for name in CLASSES]
@@ -217,12 +222,12 @@ def prompts(
 def content_id(
     shapes: Sequence[Shape],  # objects of one scene, in any order
 ) -> int:
-    "One number per multiset of (colour, pattern); outlines, places and order do not count."
+    "One number per multiset of (colour, pattern); outlines, positions and order do not matter."
     return sum((label + 1) * (len(CLASSES) + 1)**k for k, label in enumerate(sorted(s.label for s in shapes)))
 
 # %% ../../nbs/api/worlds/shapes.ipynb #908388de
 class ShapesDataset(Dataset):
-    "Scenes, kept in memory once drawn; items have image, mask, caption, id and, for zero-shot images, label."
+    "Scenes, kept in memory once drawn; items have image, mask, caption, id and, if `kind` is zero_shot, label."
     classes, templates = CLASSES, ("a photo of a {}",)
 
     def __init__(
@@ -230,19 +235,20 @@ class ShapesDataset(Dataset):
         world: World | str = "full",  # a World or a name in WORLDS
         split: str = "train",  # one of SPLITS
         seed: int = 0,  # >= 0
-        kind: str = "scenes",  # "scenes", or "zero_shot": one object each, class balanced
+        kind: str = "scenes",  # "scenes", or "zero_shot": one object per image, balanced classes
     ):
         if isinstance(world, str) and world not in WORLDS:
             raise ValueError(f"no world {world!r}: choose one of {list(WORLDS)} or pass a World")
         self.world = WORLDS[world] if isinstance(world, str) else world
         self.split, self.seed, self.kind = split, seed, kind
-        _rng(seed, split, kind, 0)  # refuses unknown names before any work
+        _rng(seed, split, kind, 0)  # rejects unknown names before any work
         count = len(CLASSES) * self.world.per_class if kind == "zero_shot" else getattr(self.world, split)
         contents = [_content(self.world, i, kind, _rng(seed, split, kind, i)) for i in range(count)]
         self.shapes, self.captions = ([c[k] for c in contents] for k in (0, 1))
         side = self.world.size
         self._images = torch.empty(count, 3, side, side, dtype=torch.uint8)
-        self._instances, self._drawn = torch.empty(count, side, side, dtype=torch.uint8), torch.zeros(count, dtype=torch.bool)
+        self._instances = torch.empty(count, side, side, dtype=torch.uint8)
+        self._drawn = torch.zeros(count, dtype=torch.bool)
         self.content = torch.tensor([content_id(s) for s in self.shapes])
         self.labels = torch.tensor([s[0].label for s in self.shapes]) if kind == "zero_shot" else None
 
@@ -250,16 +256,18 @@ class ShapesDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         image, mask = self.tensors(i)
-        item = dict(image=image, mask=mask, caption=self.captions[i], id=f"{self.split}-{self.kind}-{self.seed}-{i:05d}")
+        id = f"{self.split}-{self.kind}-{self.seed}-{i:05d}"
+        item = dict(image=image, mask=mask, caption=self.captions[i], id=id)
         return item if self.labels is None else item | dict(label=int(self.labels[i]))
 
     def _draw(self, indices=slice(None)):
-        "Draw those of the given scenes that are still missing."
+        "Draw those of the given scenes that were not drawn before."
         rows = torch.arange(len(self))[indices].reshape(-1)
         rows = rows[~self._drawn[rows]]
         for i in rows.tolist():
             scene = self.scene(i)
-            self._images.numpy()[i], self._instances.numpy()[i] = scene.image.transpose(2, 0, 1), scene.instances
+            self._images.numpy()[i] = scene.image.transpose(2, 0, 1)
+            self._instances.numpy()[i] = scene.instances
         self._drawn[rows] = True
 
     @property
@@ -275,11 +283,11 @@ class ShapesDataset(Dataset):
         return self._instances
 
     def scene(self, i: int) -> Scene:
-        "Scene i, made anew."
+        "Scene i, drawn again."
         return make_scene(self.world, self.seed, self.split, i, self.kind)
 
     def objects(self, i: int) -> list[tuple[Shape, torch.Tensor]]:
-        "The objects of scene i, each with its own mask (size, size) bool."
+        "Pairs of object and mask (size, size) bool of scene i."
         self._draw(i)
         return [(s, self._instances[i] == k) for k, s in enumerate(self.shapes[i], 1)]
 
@@ -289,5 +297,5 @@ class ShapesDataset(Dataset):
         return self._images[indices] / 255, self._instances[indices] > 0
 
     def content_ids(self, indices: torch.Tensor | Sequence[int] | slice = slice(None)) -> torch.Tensor:
-        "Numbers (N,) that are equal exactly where captions have equal content."
+        "Numbers (N,) that are equal exactly if the captions have equal content."
         return self.content[indices]
