@@ -141,7 +141,7 @@ def test_constant_maps_are_counted_and_nan_maps_refused():
     assert removed(train, flat, 50, Removal(), train.mean())[2]["constant"] == 5
     assert tie_counts(torch.zeros(3, 4, 4), 50)["tied"] == 3
     flat[0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="1 of 20 maps hold NaN"): removed(train, flat, 50, Removal(), train.mean())
+    with pytest.raises(ValueError, match="1 of 20 maps contain NaN"): removed(train, flat, 50, Removal(), train.mean())
     with pytest.raises(ValueError, match="19 maps for 20"): removed(train, flat[1:], 50, Removal(), train.mean())
 
 
