@@ -218,7 +218,7 @@ def test_a_broken_photograph_in_a_shard_is_a_row_left_out(packed):
 
 def test_labels_of_shards(packed):
     (packed/"classes.txt").write_text("a\n")
-    with pytest.raises(ValueError, match="up to 1, class names to 0.*one a line"): open_dataset("shards", packed, "train")
+    with pytest.raises(ValueError, match="up to 1, class names to 0.*one per line"): open_dataset("shards", packed, "train")
     net = open_dataset("imagenet", packed, "train", size=32)
     assert net[7]["label"] == 1 and net.classes[1] == "goldfish" and len(prompts_of(net)[0]) == 80
     for k in range(2): pack(packed/"val"/f"{k}.tar", **{"a.png": (packed/"folder"/"train"/"a"/"00.jpg").read_bytes(), "a.txt": b"no class"})

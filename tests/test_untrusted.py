@@ -102,7 +102,7 @@ def test_the_shell_of_the_graph_gets_quoted_words():
 def test_arrays_are_data(tmp_path):
     "An archive of pickled objects in the place of a data set."
     np.savez(tmp_path/"cifar10_small.npz", jpeg=np.array([{}], object), offsets=[0, 1], labels=[0], classes=["a"], is_test=[True])
-    with pytest.raises(Unreadable, match="cifar10_small.npz is damaged or holds more.*allow_pickle=False"): open_dataset("cifar10_small", tmp_path)
+    with pytest.raises(Unreadable, match="cifar10_small.npz is damaged or contains more.*allow_pickle=False"): open_dataset("cifar10_small", tmp_path)
 
 
 # Names in data stay in their folder
