@@ -1,4 +1,4 @@
-"Real architectures with random weights, checkpoint files of every kind, and the activation check."
+"Real architectures with random weights, every kind of checkpoint file, and the activation check."
 import open_clip
 import pytest
 import torch
@@ -8,7 +8,7 @@ from reclip_nb.models import frozen, load_clip, load_visual, save_clip, save_vis
 from reclip_nb.models.clip import activation
 from reclip_nb.models.weights import read_state, visual_state
 
-ARCHITECTURES = {   # name: pixels, embedding, activation, tensors of the image tower
+ARCHITECTURES = {  # name: image size, width of the embedding, activation, number of tensors in the image tower
     "ViT-B-16-quickgelu": (224, 512, "quick_gelu", 152), "ViT-L-14-quickgelu": (224, 768, "quick_gelu", 296),
     "RN50": (224, 1024, "relu", 339), "ViT-B-16-SigLIP": (224, 768, "gelu", None)}
 
@@ -35,31 +35,33 @@ def test_normalisation_belongs_to_the_weights():
     assert load_clip("RN50").mean.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
 
 
-def test_openai_tag_selects_quickgelu_and_says_how_to_get_weights(monkeypatch):
+def test_openai_tag_selects_quickgelu_and_the_error_states_how_to_get_weights(monkeypatch):
     def offline(*args, **kwargs): raise OSError("no route to host")
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
-    with pytest.raises(RuntimeError, match="ViT-B-16-quickgelu are not cached .*pass the path of a file"): load_clip("ViT-B-16", "openai")
+    with pytest.raises(RuntimeError, match="ViT-B-16-quickgelu are not cached .*pass the path of a file"):
+        load_clip("ViT-B-16", "openai")
 
 
 def test_recorded_activation_must_agree(tmp_path):
-    src = load_clip("ViT-B-32-quickgelu", seed=1)
-    save_visual(src, tmp_path/"v.safetensors")
-    with pytest.raises(ValueError, match="trained with quick_gelu.*ViT-B-32-quickgelu"): load_visual(load_clip("ViT-B-32"), tmp_path/"v.safetensors")
+    source = load_clip("ViT-B-32-quickgelu", seed=1)
+    save_visual(source, tmp_path/"v.safetensors")
+    with pytest.raises(ValueError, match="trained with quick_gelu.*ViT-B-32-quickgelu"):
+        load_visual(load_clip("ViT-B-32"), tmp_path/"v.safetensors")
     load_visual(load_clip("ViT-B-32-quickgelu"), tmp_path/"v.safetensors")
-    save_clip(src, tmp_path/"c.safetensors")
+    save_clip(source, tmp_path/"c.safetensors")
     with pytest.raises(ValueError, match="trained with quick_gelu"): load_clip("ViT-B-32", tmp_path/"c.safetensors")
     assert activation(load_clip("ViT-B-32-quickgelu", tmp_path/"c.safetensors").visual) == "quick_gelu"
 
 
-def test_files_open_in_open_clip_itself(tmp_path):
-    src = load_clip("RN50", seed=2)
-    save_clip(src, tmp_path/"c.safetensors")
-    theirs = open_clip.create_model("RN50", pretrained=str(tmp_path/"c.safetensors"))
-    assert all(torch.equal(v, src.model.state_dict()[k]) for k, v in theirs.state_dict().items())
+def test_open_clip_reads_our_files(tmp_path):
+    source = load_clip("RN50", seed=2)
+    save_clip(source, tmp_path/"c.safetensors")
+    loaded = open_clip.create_model("RN50", pretrained=str(tmp_path/"c.safetensors"))
+    assert all(torch.equal(v, source.model.state_dict()[k]) for k, v in loaded.state_dict().items())
 
 
 def test_torchscript_archive(tmp_path):
-    "OpenAI's own downloads are TorchScript."
+    "OpenAI's releases are TorchScript archives."
     class Tower(nn.Module):
         def __init__(self):
             super().__init__()
@@ -70,29 +72,34 @@ def test_torchscript_archive(tmp_path):
     module = Tower()
     torch.jit.script(module).save(str(tmp_path/"openai.pt"))
     state, layout = visual_state(read_state(tmp_path/"openai.pt")[0])
-    assert layout == "visual.*" and state.keys() == {"weight", "bias"} and torch.equal(state["weight"], module.visual.weight)
+    assert layout == "visual.*" and state.keys() == {"weight", "bias"}
+    assert torch.equal(state["weight"], module.visual.weight)
 
 
 def test_hub_names(tmp_path, monkeypatch):
-    src = load_clip("tiny", seed=3)
-    save_visual(src, tmp_path/"v.safetensors")
-    asked = []
-    monkeypatch.setattr(weights, "download_pretrained_from_hf", lambda name: asked.append(name) or tmp_path/"v.safetensors")
-    dst = load_clip("tiny")
-    load_visual(dst, "hf-hub:someone/aft4")
-    assert asked == ["someone/aft4"] and torch.equal(dst.visual.proj, src.visual.proj)
+    source = load_clip("tiny", seed=3)
+    save_visual(source, tmp_path/"v.safetensors")
+    requested = []
+    def download(name):
+        requested.append(name)
+        return tmp_path/"v.safetensors"
+    monkeypatch.setattr(weights, "download_pretrained_from_hf", download)
+    clip = load_clip("tiny")
+    load_visual(clip, "hf-hub:someone/aft4")
+    assert requested == ["someone/aft4"] and torch.equal(clip.visual.proj, source.visual.proj)
 
 
-def test_non_finite_weights_are_refused(tmp_path):
-    src = load_clip("tiny")
-    with torch.no_grad(): src.visual.proj[0, 0] = float("inf")
-    save_visual(src, tmp_path/"v.safetensors")
-    with pytest.raises(ValueError, match="NaN or infinity in .'proj'"): load_visual(load_clip("tiny"), tmp_path/"v.safetensors")
+def test_non_finite_weights_are_rejected(tmp_path):
+    clip = load_clip("tiny")
+    with torch.no_grad(): clip.visual.proj[0, 0] = float("inf")
+    save_visual(clip, tmp_path/"v.safetensors")
+    with pytest.raises(ValueError, match="NaN or infinity in .'proj'"):
+        load_visual(load_clip("tiny"), tmp_path/"v.safetensors")
 
 
 def test_frozen_copies_only_the_image_tower():
     clip = load_clip("tiny")
-    ref = frozen(clip)
-    shared = {p.data_ptr() for p in clip.parameters()} & {p.data_ptr() for p in ref.parameters()}
-    own = {p.data_ptr() for p in clip.visual.parameters()}
-    assert shared and not shared & own
+    reference = frozen(clip)
+    shared = {p.data_ptr() for p in clip.parameters()} & {p.data_ptr() for p in reference.parameters()}
+    image_tower = {p.data_ptr() for p in clip.visual.parameters()}
+    assert shared and not shared & image_tower

@@ -1,4 +1,4 @@
-"Image towers of the tests: those behind golden/explainers, and sharp random ones."
+"Image towers for the tests: those of golden/explainers, and random ones with large weights."
 import timm
 import torch
 from helpers import golden
@@ -31,7 +31,7 @@ def siglip_map(dtype=torch.float32):
 
 
 def class_vit(dtype=torch.float32):
-    "A classification transformer of timm, and its golden arrays."
+    "A timm classification transformer, and its golden arrays."
     data = golden("explainers", "class_vit.npz")
     tower = timm.models.VisionTransformer(28, 2, num_classes=5, embed_dim=32, depth=3, num_heads=4)
     tower.load_state_dict(weights(data))
@@ -39,23 +39,23 @@ def class_vit(dtype=torch.float32):
 
 
 def sharp(net, seed=0):
-    "Random weights large enough for attention and activations to leave their linear range."
+    "Set random weights, large enough that attention and activations are far from linear; float64, evaluation mode."
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in net.named_parameters():
-            wide = .3 if "conv1" in name or "patch_embed" in name else 2*p.shape[-1]**-.5
-            if p.ndim > 1: p.copy_(wide*torch.randn(p.shape, generator=gen))
+            scale = .3 if "conv1" in name or "patch_embed" in name else 2*p.shape[-1]**-.5
+            if p.ndim > 1: p.copy_(scale*torch.randn(p.shape, generator=gen))
             elif "ls" in name: p.copy_(.5+torch.rand(p.shape, generator=gen))
             else: p.add_(.1*torch.randn(p.shape, generator=gen))
     return net.double().eval()
 
 
 def open_clip_vit(**kw):
-    "A sharp open_clip tower, 32 px, 4x4 patches, D = 32."
+    "An open_clip tower with weights by `sharp`: 32 px, 4x4 patches, D = 32."
     return sharp(VisionTransformer(32, 8, 64, 3, 4, 4., output_dim=32, **kw))
 
 
 def timm_vit(**kw):
-    "A sharp timm tower, 32 px, 4x4 patches, D = 48."
+    "A timm tower with weights by `sharp`: 32 px, 4x4 patches, D = 48."
     args = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=0) | kw
     return sharp(timm.models.VisionTransformer(**args))

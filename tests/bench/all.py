@@ -1,8 +1,9 @@
-"""Every benchmark in turn; each writes nbs/results/bench_<name>.json, which the site's page shows.
+"""Run every benchmark in turn; each writes nbs/results/bench_<name>.json, which a page of the site shows.
 
     python tests/bench/all.py [--only NAME ...] [--peer-python FILE] [--peers FOLDER]
 
-The two last name what holds the published packages (see explainers.py and apgd.py); without them those columns stay empty."""
+FILE and FOLDER give access to the published packages (see explainers.py and apgd.py); without them, the columns of
+these packages stay empty."""
 import argparse
 import subprocess
 import sys
@@ -14,15 +15,16 @@ SCRIPTS = sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("all", "mac
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="some of them")
-    parser.add_argument("--peer-python", help="interpreter that has the explainers' peers")
-    parser.add_argument("--peers", help="folder that has torchattacks")
+    parser.add_argument("--only", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="run these benchmarks only")
+    parser.add_argument("--peer-python", help="Python interpreter with the published explainers installed")
+    parser.add_argument("--peers", help="folder with torchattacks")
     args = parser.parse_args()
-    own = dict(explainers=["--peer-python", args.peer_python], apgd=["--peers", args.peers])
+    options = {}
+    if args.peer_python: options["explainers"] = ["--peer-python", args.peer_python]
+    if args.peers: options["apgd"] = ["--peers", args.peers]
     failed = []
     for name in args.only:
-        more = [a for a in own.get(name, []) if all(own[name])]
         print(f"== {name}", flush=True)
-        done = subprocess.run([sys.executable, HERE/f"{name}.py", "--json", RESULTS/f"bench_{name}.json", *more])
-        if done.returncode: failed.append(name)
+        command = [sys.executable, HERE/f"{name}.py", "--json", RESULTS/f"bench_{name}.json", *options.get(name, [])]
+        if subprocess.run(command).returncode: failed.append(name)
     if failed: sys.exit(f"failed: {', '.join(failed)}")

@@ -1,12 +1,13 @@
-"""What a benchmark's numbers depend on."""
+"""The machine that a benchmark ran on."""
 import platform
 from pathlib import Path
 
 
 def machine():
-    "Processor and Python; no names of folders."
+    "Processor and Python version."
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), cpu)
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        if models: cpu = models[0]
     return dict(cpu=cpu, python=platform.python_version())
