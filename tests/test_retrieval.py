@@ -109,7 +109,7 @@ def test_half_precision_counts_as_stored():
     (lambda i, t, c: (i, t, c.where(c != 2, 7)), "captions 4, 5 point to no image: .* from 0 to 5"),
     (lambda i, t, c: (i, t, c-1), "captions 0, 1 point to no image"),
     (lambda i, t, c: (i, t, c.where(c != 2, 1)), "images 2 have no caption"),
-    (lambda i, t, c: (i, t, c.double()), "must hold integers"),
+    (lambda i, t, c: (i, t, c.double()), "must contain integers"),
     (lambda i, t, c: (i.index_fill(0, torch.tensor([3]), torch.nan), t, c), "embeddings of images 3 are not finite"),
     (lambda i, t, c: (i, t.index_fill(0, torch.tensor([5, 8]), torch.inf), c), "embeddings of captions 5, 8 are not finite"),
     (lambda i, t, c: (i[:0], t, c), "0 images"), (lambda i, t, c: (i, t[:0], c[:0]), "0 captions"),
