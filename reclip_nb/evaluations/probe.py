@@ -44,7 +44,7 @@ def _checked(X: Tensor, y: Tensor, n_classes: int | None) -> int:
         raise ValueError(f"a probe needs features (N,D) and whole-number labels (N,); got {tuple(X.shape)} and "
                          f"{tuple(y.shape)} {y.dtype}")
     bad = int((~X.isfinite()).any(1).sum())
-    if bad: raise ValueError(f"{bad} of {len(X)} feature rows contain NaN or infinity: check the model and these images")
+    if bad: raise ValueError(f"{bad} of {len(X)} feature rows contain NaN or infinity: check the model and the images")
     n = int(y.max())+1 if n_classes is None else n_classes
     if y.min() < 0 or y.max() >= n: raise ValueError(f"labels span [{y.min()}, {y.max()}], allowed is 0 to {n-1}")
     if n < 2: raise ValueError("all labels are 0: a classifier needs two classes or more")
@@ -146,7 +146,7 @@ def fit_linear_probe(
 COCO_SIX = ("person", "car", "dog", "cat", "bird", "chair")  # [Re] §4.1.3
 
 class CocoClasses(CocoPhotos):
-    "COCO photographs; the label is the class of the largest object among `classes`, the mask covers that class. ValueError."
+    "COCO photographs; label: class of the largest object among `classes`; mask: all objects of this class. ValueError."
 
     def __init__(self,
         photos: CocoPhotos,  # photographs with instance annotations
@@ -158,7 +158,8 @@ class CocoClasses(CocoPhotos):
         label = {ids[c]: k for k, c in enumerate(classes)}
         objects = [[a for a in photos.instances(i) if a["category_id"] in label] for i in range(len(photos))]
         rows = [i for i, annotations in enumerate(objects) if annotations]
-        super().__init__(photos.folder, [photos.rows[i] for i in rows], photos.geometry, photos.on_error, photos.coco, None)
+        entries = [photos.rows[i] for i in rows]
+        super().__init__(photos.folder, entries, photos.geometry, photos.on_error, photos.coco, None)
         self.category = [max(objects[i], key=lambda a: a["area"])["category_id"] for i in rows]
         self.labels, self.classes = [label[c] for c in self.category], list(classes)
 
@@ -168,7 +169,7 @@ class CocoClasses(CocoPhotos):
 
 # %% ../../nbs/api/evaluations/probe.ipynb #62f93216
 class ColouredScenes(Dataset):
-    "Scenes of the shapes world; the label is the colour of the largest object, the mask covers all objects of that colour."
+    "Scenes of the shapes world; label: colour of the largest object; mask: all objects of this colour."
     classes = list(COLOURS)
 
     def __init__(self,

@@ -104,7 +104,7 @@ def retrieval_ranks(
     cap2img: torch.Tensor | Sequence[int],  # image of each caption, (T,)
     block: int = 256,  # images per tile; affects memory and speed, not the ranks
 ) -> dict[str, dict[str, torch.Tensor]]:
-    "Ranks from 1, by direction and tie rule: `t2i` of each caption's image, (T,); `i2t` of each image's best caption, (P,)."
+    "Ranks from 1 by direction and tie rule: `t2i` for each caption's image, (T,); `i2t` for each image's best, (P,)."
     cap2img = checked(img, txt, cap2img)
     order = cap2img.argsort(stable=True)
     owner, column = cap2img[order], torch.arange(len(img), device=img.device)
@@ -143,7 +143,7 @@ def recall_at_k(
     ties: str = "index",  # one of TIES
     block: int = 256,  # see `retrieval_ranks`
 ) -> pd.DataFrame:
-    "Rows t2i_r1 ... of [Re] Table 5: mean, Wilson interval, n, chance, `tied` (hits decided by the tie rule). ValueError."
+    "Rows t2i_r1 ... of [Re] Table 5: mean, Wilson interval, n, chance, `tied` (hits that ties decide). ValueError."
     if ties not in TIES: raise ValueError(f"ties={ties!r}; allowed: {', '.join(TIES)}")
     ranks, rows = retrieval_ranks(img, txt, cap2img, block), {}
     captions = torch.bincount(torch.as_tensor(cap2img).cpu(), minlength=len(img))
@@ -157,7 +157,7 @@ def recall_at_k(
     table = pd.DataFrame.from_dict(rows, orient="index")
     if table.tied.any():
         tied = table.tied[table.tied > 0].to_dict()
-        warnings.warn(f"equal scores decide these numbers of hits: {tied}; they are counted with ties={ties!r}", stacklevel=2)
+        warnings.warn(f"equal scores decide these numbers of hits: {tied}; counted with ties={ties!r}", stacklevel=2)
     return table
 
 # %% ../../nbs/api/evaluations/retrieval.ipynb #c044064a
@@ -229,7 +229,7 @@ def embedding_attack(
     alpha: float = 1/255,  # step size, fraction of the pixel range
     seed: int = 0,  # of the start
 ) -> torch.Tensor:
-    "Adversarial images (B,3,H,W) from PGD on the distance to the clean embedding ([Re] Eq. 2 as in the published code)."
+    "Adversarial images (B,3,H,W) from PGD on the distance to the clean embedding ([Re] Eq. 2 as in its code)."
     with torch.no_grad(): clean = clip.encode_image(x)
     distance = lambda v: (clip.encode_image(v)-clean).square().sum(-1)
     return x+pgd(distance, x, eps, alpha, steps, start=ball_noise(x, own, eps, seed))

@@ -124,7 +124,7 @@ def robust_eval(
     resume: str | Path | None = None,  # file in which the state of the run is saved
     device: str = "cpu",  # torch device of the model
 ) -> RobustReport:
-    "Robust accuracy of [Re] Table 4. Raises ValueError (eps, attacks, model, file), RuntimeError (image out of bounds)."
+    "Robust accuracy of [Re] Table 4. ValueError for wrong arguments or files, RuntimeError for an image out of bounds."
     for e in eps: check_budget(e, 0)
     ids, y = list(range(len(x)) if ids is None else ids), y.cpu()
     settings = dict(eps_255=[round(255*e, 6) for e in eps], n_iter=n_iter, seed=seed, noise=rng,
@@ -160,7 +160,7 @@ def join_reports(
 def robust_table(
     reports: dict[tuple[str, str], RobustReport],  # (data, model) -> report
 ) -> pd.DataFrame:
-    "Clean accuracy and accuracy after the last attack, with means over all data (`average`) and valid (`average_valid`)."
+    "Clean accuracy and accuracy after the last attack; means over all data (`average`) or valid ones (`average_valid`)."
     frames = []
     for (data, model), report in reports.items():
         rows = report.table()

@@ -27,7 +27,7 @@ def prompts_of(
     dataset: Dataset,  # data set with `classes`, and optionally `namings` and `templates`
     style: str = "reference",  # "reference", "paper", or another key of the data set's `namings`
 ) -> list[list[str]]:
-    "Prompts of each class of a data set; the style selects names and templates. Raises ValueError for an unknown style."
+    "Prompts of each class of a data set; the style selects names and templates. ValueError for an unknown style."
     namings = getattr(dataset, "namings", {})
     allowed = list(dict.fromkeys(["paper", "reference", *namings]))
     if style not in allowed:
@@ -86,8 +86,8 @@ class ClipClassifier(nn.Module):
         self.scale = logit_scale(clip) if scale is None else scale
         self.image_size = clip.image_size
         if not 5 <= self.scale <= 200:
-            raise ValueError(f"logit scale {self.scale:.4g}; allowed: 5 to 200 (CLIP models learn 10 to 120, and gradients "
-                             "vanish far from that): give exp(logit_scale), not the logarithm and not 1")
+            raise ValueError(f"logit scale {self.scale:.4g}; allowed: 5 to 200 (CLIP models learn 10 to 120, and "
+                             "gradients vanish far from that): give exp(logit_scale), not the logarithm and not 1")
         if weights.ndim != 2 or (weights.norm(dim=-1)-1).abs().max() > 1e-3:
             raise ValueError(f"weights {tuple(weights.shape)}: give (classes, dimensions) with rows of length 1")
         self.visual = copy.deepcopy(clip.visual).requires_grad_(False)
