@@ -85,7 +85,7 @@ def small():
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_class_weights_are_the_texts_of_a_map(small, normalize):
-    "With class weights as texts, Simple Gradient explains the probe's logit, and the norm of the weights does not matter."
+    "With class weights as texts, Simple Gradient explains the probe's logit; the norm of the weights does not matter."
     clip, x, X, y = small
     probe = fit_linear_probe(X, y, 10. if normalize else .01, normalize=normalize)
     x, y = x[::24], y[::24]
@@ -125,7 +125,7 @@ def test_coco_six_classes(sample_data):
 
 @pytest.mark.sample
 def test_cifar10_probe(sample_data):
-    "A probe on a random tower classifies photographs better than chance, and an attack breaks most correct predictions."
+    "A probe on a random tower classifies photographs above chance, and an attack breaks most correct predictions."
     clip = load_clip("tiny-cifar", seed=0)
     train, test = (open_dataset("cifar10_small", sample_data/"cifar10_small", split=s) for s in ("train", "val"))
     probe = fit_linear_probe(*features(clip, train, limit=1000), C=(1, 100))

@@ -83,7 +83,8 @@ def test_definition_with_many_ties(seed):
     img, txt = (torch.from_numpy(rng.integers(-2, 3, (n, 3))).double() for n in (9, len(cap2img)))
     for rule in TIES:
         for side, expected in oracle(img, txt, cap2img, rule).items():
-            for block in (1, 2, 4, 100): assert retrieval_ranks(img, txt, cap2img, block)[side][rule].tolist() == expected
+            for block in (1, 2, 4, 100):
+                assert retrieval_ranks(img, txt, cap2img, block)[side][rule].tolist() == expected
 
 
 def test_ties_order_the_recalls_and_give_a_warning():
@@ -237,5 +238,6 @@ def test_an_attack_from_the_clean_image_returns_it(world):
 
 def test_wrong_budget_raises(world):
     data, clip, rows, txt, cap2img = world
+    x = data.tensors(rows[:2])[0]
     for attack in attacks(txt, cap2img):
-        with pytest.raises(ValueError, match="did you mean 4/255"): attack(clip, data.tensors(rows[:2])[0], torch.arange(2), 4)
+        with pytest.raises(ValueError, match="did you mean 4/255"): attack(clip, x, torch.arange(2), eps=4)

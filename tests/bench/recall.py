@@ -112,7 +112,8 @@ def setting():
 def main(args):
     small = compare(args.repeats)
     for row in small["rows"]:
-        print(f"{SMALL} images ", "{other:13} ours {ours:.3f} s  theirs {theirs:.3f} s  ratio {ratio:.2f}".format(**row))
+        print(f"{SMALL} images  {row['other']:13} ours {row['ours']:.3f} s  theirs {row['theirs']:.3f} s "
+              f" ratio {row['ratio']:.2f}")
     command = [sys.executable, str(Path(__file__).resolve()), "--large", str(args.images)]
     full = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     memory = "unknown" if full["extra_mb"] is None else f"{full['extra_mb']:.0f} MB"
