@@ -1,4 +1,4 @@
-"The dual objective against plain automatic differentiation of the whole Jacobian, its limits, and its place in the training loop."
+"The dual objective: compared with automatic differentiation of the full Jacobian, its limits, and training with it."
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,50 +25,53 @@ def pair():
 
 
 @pytest.mark.parametrize("eta", [0., 2e-3])
-def test_loss_and_gradient_are_those_of_the_whole_jacobian(pair, eta):
+def test_loss_and_gradient_are_those_of_the_full_jacobian(pair, eta):
     student, teacher, x, _ = pair
     dual = Dual(student, teacher, eps=3/255, weight=5., n=2, eta=eta, sigma=0.)
     loss = dual({"image": x}, gen())["loss"]
     p = student.visual.class_embedding
-    (got,) = torch.autograd.grad(loss, p)
+    (grad,) = torch.autograd.grad(loss, p)
 
     def plain(q):
-        encode = lambda y: F.normalize(functional_call(student.visual, {"class_embedding": q}, student.normalize(y[None])), dim=-1)[0]
+        "The loss as a function of the class embedding."
+        def encode(y):
+            e = functional_call(student.visual, {"class_embedding": q}, student.normalize(y[None]))
+            return F.normalize(e, dim=-1)[0]
         target, total = teacher.encode_image(x).detach(), 0
         v = F.normalize(torch.randn(3, 2, 64, generator=gen(), dtype=x.dtype), dim=-1)
         for y, t, w in zip(x, target, v):
-            J = jacrev(encode)(y).flatten(1)                    # (D, pixels)
+            J = jacrev(encode)(y).flatten(1)  # (D, pixels)
             u = w @ J
-            size = torch.where(u.abs() <= eta, u*u/(2*eta or 1), u.abs()-eta/2) if eta else u.abs()
+            size = torch.where(u.abs() <= eta, u*u/(2*eta), u.abs()-eta/2) if eta else u.abs()
             total = total+(encode(y)-t).square().sum()/2+5*((3/255*size.sum(1)).square()/2).mean()
         return total/3
     q = p.detach().clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
-        want = plain(q)
-        (grad,) = torch.autograd.grad(want, q)
-    torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(got, grad)
+        expected_loss = plain(q)
+        (expected_grad,) = torch.autograd.grad(expected_loss, q)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(grad, expected_grad)
 
 
 def test_literal_form_is_the_mass_that_epg_normalises_by(pair):
-    "eps |J^T r|_1 = eps |grad of the consistency score|_1: zero, with its gradient, where the models agree."
+    "eps |J^T r|_1 = eps |gradient of the consistency score|_1, which is zero where the models agree."
     student, teacher, x, _ = pair
-    at = lambda s: Dual(s, teacher, eps=1/255, form="literal", sigma=0.)({"image": x}, gen())["penalty"].item()
+    penalty = lambda s: Dual(s, teacher, eps=1/255, form="literal", sigma=0.)({"image": x}, gen())["penalty"].item()
     target = teacher.encode_image(x).detach()
-    assert at(student) == pytest.approx(feature_saliency(student, x, target, False).sum((1, 2)).mean().item()/255)
-    assert at(frozen(teacher)) < 1e-12
+    assert penalty(student) == pytest.approx(feature_saliency(student, x, target, False).sum((1, 2)).mean().item()/255)
+    assert penalty(frozen(teacher)) < 1e-12
 
 
-def test_sandwich_around_the_attack(pair):
+def test_bounds_of_the_attack(pair):
     "Mean over random v <= maximum over the box <= D times the mean, to second order."
     _, teacher, x, _ = pair
-    eps, inner = 1e-4, .2+.6*x                                  # the pixel range must not bind
+    eps, inner = 1e-4, .2+.6*x  # inside the pixel range, so that only eps limits the attack
     I = teacher.encode_image(inner).detach()
     v = random_directions(I, 64, gen())
     low = dual_penalty(embedding_gradients(teacher, inner, v, create_graph=False)[1], eps)
     aft = AFT(frozen(teacher), teacher, Attack(eps, eps/4, 20, penalty="none", sigma=0.), loss="half_l2")
-    found = aft_loss(aft.student, inner, aft.perturb(inner, I, None, gen()), I, loss="half_l2").detach()
-    assert ((low < found) & (found < 64*low)).all()
+    attacked = aft_loss(aft.student, inner, aft.perturb(inner, I, None, gen()), I, loss="half_l2").detach()
+    assert ((low < attacked) & (attacked < 64*low)).all()
 
 
 def test_huber_between_its_limits():
@@ -88,8 +91,8 @@ def test_directions_are_unit_and_reproducible(pair):
         v = draw(0)
         assert v.shape == (4, 7, 16) and torch.equal(v, draw(0)) and not torch.equal(v, draw(1))
         torch.testing.assert_close(v.norm(dim=-1), torch.ones(4, 7))
-    for form, texts, words in (("max", None, "allowed: random"), ("text", texts[:1], "or more")):
-        with pytest.raises(ValueError, match=words): Dual(*pair[:2], form=form, texts=texts)
+    for form, pool, words in (("max", None, "allowed: random"), ("text", texts[:1], "or more")):
+        with pytest.raises(ValueError, match=words): Dual(*pair[:2], form=form, texts=pool)
 
 
 def test_embedding_and_gradient_belong_together(pair):
@@ -108,13 +111,14 @@ def test_training_loop_takes_it(tmp_path, monkeypatch):
     student = load_clip("tiny-smoke", seed=0)
     teacher = frozen(student)
     texts = teacher.encode_text(["a photo of a red plain shape", "a photo of a blue dotted shape"]).detach()
-    rows = fit(student.visual, Dual(student, teacher, form="text", texts=texts), ShapesDataset(WORLDS["smoke"], "train", seed=0),
+    data = ShapesDataset(WORLDS["smoke"], "train", seed=0)
+    rows = fit(student.visual, Dual(student, teacher, form="text", texts=texts), data,
                FitConfig(steps=2, batch_size=4, lr=1e-4), start_run("t", "dual", "toy", {}))
     assert len(rows) == 2 and rows[1]["anchor"] > 0 and rows[1]["penalty"] > 0
     assert all(p.grad is None for p in teacher.visual.parameters())
 
 
-def test_epg_may_stand_on_it(pair):
+def test_epg_accepts_it(pair):
     student, teacher, x, mask = pair
     out = EPG(Dual(student, teacher), w_s=.5)({"image": x, "mask": mask}, gen())
     assert out["loss"].item() == pytest.approx((out["anchor"]+4*out["penalty"]+.5*out["epg"]).item())

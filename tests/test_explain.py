@@ -1,4 +1,4 @@
-"Explanation maps against the golden arrays of the reference programs, and what must never happen to a model."
+"Explanation maps compared with the golden arrays of the reference programs; models must stay unchanged."
 import copy
 
 import pytest
@@ -13,21 +13,21 @@ from reclip_nb.explain import EXPLAINERS, PRESETS, clip99, explain, explain_many
 from reclip_nb.explain.cam import qk_similarity
 
 RAW = dict(size=None, normalize="none")
-LRP = ("transformer_attribution", "partial_lrp", "lrp")     # they explain logits
+LRP = ("transformer_attribution", "partial_lrp", "lrp")  # these explain logits
 METHODS = [m for m in EXPLAINERS if m not in LRP]
-VARIANTS = [m for m in PRESETS if m.split(":")[0] not in LRP and m != "gradcam:legrad"]   # that one wants nine blocks
-WHOLE = ("simple_gradient", "smoothgrad", "integrated_gradients", "gradcam", "random", "center")   # any tower
+VARIANTS = [m for m in PRESETS if m.split(":")[0] not in LRP and m != "gradcam:legrad"]  # which needs nine blocks
+ANY_TOWER = ("simple_gradient", "smoothgrad", "integrated_gradients", "gradcam", "random", "center")
 QG = pytest.mark.parametrize("qg", [1, 0])
 VIEWS = pytest.mark.parametrize("qg,who,view", [
     *((qg, "student", v) for qg in (1, 0) for v in ("sq0", "sq1", "wide")),
     (1, "teacher", "sq0"), (1, "teacher", "wide")])
 
 
-def close(got, want, tol):
-    "Largest difference, as a share of the largest expected value."
-    want = want.to(got)
-    assert got.shape == want.shape
-    assert (got-want).abs().max() <= tol*want.abs().max().clamp(min=1e-12)
+def close(actual, expected, tol):
+    "The largest difference is at most `tol` times the largest expected value."
+    expected = expected.to(actual)
+    assert actual.shape == expected.shape
+    assert (actual-expected).abs().max() <= tol*expected.abs().max().clamp(min=1e-12)
 
 
 # ---- golden/aft: float64 ------------------------------------------------------------------------------
@@ -61,9 +61,9 @@ def test_aft_grad_eclip(aft, qg, who, view, h):
 def test_aft_gradcam_and_similarity(aft, qg, who, view, h):
     clip, x, t = setting(aft, qg, who, view)
     heads = "model" if h == 4 else "merged"
-    for source in ("nb", "script"):     # the input of the last block is the output of the one before
-        got = explain(clip, x, t, "gradcam", layer=-2, heads=heads, antialias=False, **RAW)[0]
-        close(got, aft[1][f"qg{qg}_{who}_{view}_gradcam_{source}_h{h}"], 1e-6)
+    for source in ("nb", "script"):  # the input of the last block is the output of the previous one
+        maps = explain(clip, x, t, "gradcam", layer=-2, heads=heads, antialias=False, **RAW)[0]
+        close(maps, aft[1][f"qg{qg}_{who}_{view}_gradcam_{source}_h{h}"], 1e-6)
     tap, texts = open_tap(clip, x, t, antialias=False)
     blk = tap.tower.view(-1)
     q, k, _ = blk.qkv(blk.norm1(tap.state(2)))
@@ -106,15 +106,15 @@ def cls(request):
 
 @pytest.mark.parametrize("flag", [True, False], ids=["3.x", "before 2.25"])
 def test_token_first_layout_gives_the_same_maps(cls, flag):
-    "17 images of 17 tokens: a layout guessed from shapes would attend across images."
+    "17 images of 17 tokens: with a layout guessed from shapes, attention would mix images."
     tower, e = cls
-    old = copy.deepcopy(tower)
-    old.transformer = Transformer(64, 3, 4, batch_first=False).to(next(tower.parameters()).dtype)
-    old.load_state_dict(tower.state_dict())
-    if not flag: del old.transformer.batch_first
+    token_first = copy.deepcopy(tower)
+    token_first.transformer = Transformer(64, 3, 4, batch_first=False).to(next(tower.parameters()).dtype)
+    token_first.load_state_dict(tower.state_dict())
+    if not flag: del token_first.transformer.batch_first
     x = torch.randn(17, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (explain_many(t, x, e["text"], METHODS+VARIANTS) for t in (tower, old))
-    for name in METHODS+VARIANTS: torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=1e-4)
+    expected, maps = (explain_many(t, x, e["text"], METHODS+VARIANTS) for t in (tower, token_first))
+    for name in METHODS+VARIANTS: torch.testing.assert_close(maps[name], expected[name], atol=2e-4, rtol=1e-4)
 
 
 def resnet():
@@ -128,13 +128,14 @@ def resnet():
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, -1])
 def test_resnet_gradcam_against_autograd(layer):
     net, x, t = resnet(), torch.randn(2, 3, 64, 64), F.normalize(torch.randn(3, 16), dim=-1)
-    got, ref, kept = explain(net.train(), x, t, "gradcam", layer=layer, **RAW), copy.deepcopy(net).eval(), []
-    h = ref.stem(x)
-    for block in (ref.layer1, ref.layer2, ref.layer3, ref.layer4): kept.append(h := block(h))
-    z, s = kept[layer], F.normalize(ref.attnpool(h), dim=-1) @ t.T
+    maps = explain(net.train(), x, t, "gradcam", layer=layer, **RAW)
+    ref = copy.deepcopy(net).eval()
+    states = [ref.stem(x)]
+    for block in (ref.layer1, ref.layer2, ref.layer3, ref.layer4): states.append(block(states[-1]))
+    z, s = states[1:][layer], F.normalize(ref.attnpool(states[-1]), dim=-1) @ t.T
     for i in range(3):
         g, = torch.autograd.grad(s[:, i].sum(), z, retain_graph=True)
-        close(got[:, i], (g.mean((2, 3), keepdim=True)*z).sum(1).relu().detach(), 1e-4)
+        close(maps[:, i], (g.mean((2, 3), keepdim=True)*z).sum(1).relu().detach(), 1e-4)
 
 
 def test_position_embedding_is_resampled_on_a_copy(cls):
@@ -146,18 +147,21 @@ def test_position_embedding_is_resampled_on_a_copy(cls):
     assert torch.equal(tower.positional_embedding, before)
 
 
-# ---- the model is not touched -------------------------------------------------------------------------
+# ---- the model is not changed -------------------------------------------------------------------------
 
 def fingerprint(model):
+    "Values of all tensors, and everything else about tensors and modules that a call could change."
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return ([(n, id(t), t.detach().clone(), t._version, t.requires_grad, t.grad is None) for n, t in tensors],
-            [(n, m.training, *(len(getattr(m, h)) for h in vars(m) if h.endswith("_hooks")), [*vars(m)])
-             for n, m in model.named_modules()], torch.is_grad_enabled())
+    values = [t.detach().clone() for _, t in tensors]
+    flags = [(n, id(t), t._version, t.requires_grad, t.grad is None) for n, t in tensors]
+    modules = [(n, m.training, [len(getattr(m, h)) for h in vars(m) if h.endswith("_hooks")], [*vars(m)])
+               for n, m in model.named_modules()]
+    return values, (flags, modules, torch.is_grad_enabled())
 
 
 def same(a, b):
-    kept = (torch.equal(p[2], q[2]) and p[:2]+p[3:] == q[:2]+q[3:] for p, q in zip(a[0], b[0]))
-    return a[1:] == b[1:] and all(kept)
+    "Whether two fingerprints are equal."
+    return a[1] == b[1] and all(map(torch.equal, a[0], b[0]))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen", "mixed"])
@@ -173,7 +177,7 @@ def test_nothing_of_the_model_changes(mode):
         before, x = fingerprint(model), torch.rand(shape, dtype=next(model.parameters()).dtype)
         vit = hasattr(model, "visual")
         texts = torch.randn(3, 32 if vit else 16)
-        methods = METHODS if vit else WHOLE
+        methods = METHODS if vit else ANY_TOWER
         explain_many(model, x, texts, methods)
         with torch.no_grad(): explain_many(model, x, texts, methods)
         with torch.inference_mode(): explain_many(model, x.clone(), texts.clone(), methods)
@@ -184,13 +188,13 @@ def test_nothing_of_the_model_changes(mode):
         assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_error_in_the_middle_leaves_no_trace():
+def test_an_error_inside_a_method_leaves_the_model_unchanged():
     model = aft_clip(True, 1).train()
     calls = []
-    def broken(module, args):
+    def broken(*args):
         calls.append(1)
         raise RuntimeError("stop")
-    model.visual.transformer.resblocks[0].mlp.gelu.forward = lambda *a: broken(model, a)   # in vars(): so the shadow's
+    model.visual.transformer.resblocks[0].mlp.gelu.forward = broken  # in vars(), so the read-only view inherits it
     before = fingerprint(model)
     for method in ("simple_gradient", "gradcam", "grad_eclip", "legrad", "rollout", "textspan"):
         with pytest.raises(RuntimeError, match="stop"):
@@ -222,12 +226,12 @@ def test_texts_per_image_and_chunks(cls):
 
 
 def test_feature_consistency_score(aft):
-    "The score of the EPG loss: a frozen embedding for each image; in pixel space."
+    "The score of the EPG loss: a frozen embedding per image, gradients in pixel space."
     student, teacher = aft_clip(True, 1), aft_clip(False, 1)
-    x, want = aft[0]["x_u8"].double()/255, golden("aft", "epg.npz")
+    x, expected = aft[0]["x_u8"].double()/255, golden("aft", "epg.npz")
     with torch.no_grad(): ref = teacher.encode_image(x)[:, None]
-    close(explain(student, x, ref, "simple_gradient", **RAW)[:, 0], want["qg1_saliency_map"], 1e-6)
-    close(input_gradient(student, x, ref, create_graph=True)[:, 0].detach(), want["qg1_grad_x"], 1e-6)
+    close(explain(student, x, ref, "simple_gradient", **RAW)[:, 0], expected["qg1_saliency_map"], 1e-6)
+    close(input_gradient(student, x, ref, create_graph=True)[:, 0].detach(), expected["qg1_grad_x"], 1e-6)
 
 
 def test_zero_range_and_scores(cls):
@@ -246,7 +250,7 @@ def test_size_and_normalize(cls):
     assert explain(*args).shape == (2, 3, 32, 32) and explain(*args, size=None).shape == (2, 3, 4, 4)
     small = explain(*args, size=(10, 20))
     assert small.shape == (2, 3, 10, 20) and small.amin((-2, -1)).eq(0).all()
-    empty = explain(*args, **RAW).amax((-2, -1)) == 0        # no patch speaks for the text
+    empty = explain(*args, **RAW).amax((-2, -1)) == 0  # no patch has a positive value
     torch.testing.assert_close(small.amax((-2, -1)), (~empty).to(small))
 
 
@@ -267,10 +271,10 @@ def test_errors(change, error):
 def test_compiled_and_half_precision_models(cls):
     tower, e = cls
     for method in ("grad_eclip", "gradcam", "simple_gradient"):
-        want = explain(tower, e["image"], e["text"], method)
-        torch.testing.assert_close(explain(torch.compile(tower), e["image"], e["text"], method), want)
-        rough = explain(copy.deepcopy(tower).bfloat16(), e["image"], e["text"], method)
-        assert rough.dtype == torch.float32 and (rough-want).abs().mean() < .05
+        expected = explain(tower, e["image"], e["text"], method)
+        torch.testing.assert_close(explain(torch.compile(tower), e["image"], e["text"], method), expected)
+        half = explain(copy.deepcopy(tower).bfloat16(), e["image"], e["text"], method)
+        assert half.dtype == torch.float32 and (half-expected).abs().mean() < .05
 
 
 def test_custom_blocks_are_refused_inside_and_explained_outside():

@@ -1,4 +1,4 @@
-"Every array of golden/explainers' towers, in single and double precision, within the tolerances of its README."
+"All arrays of golden/explainers, in single and double precision, within the tolerances of its README."
 import functools
 
 import pytest
@@ -17,11 +17,11 @@ PRECISION = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids
 load = functools.lru_cache(None)(lambda make, dtype: make(dtype))
 
 
-def close(got, want, tol=1e-4):
-    "Largest difference, as a share of the largest expected value."
-    want = want.to(got)
-    assert got.shape == want.shape
-    assert (got-want).abs().max() <= tol*want.abs().max().clamp(min=1e-12)
+def close(actual, expected, tol=1e-4):
+    "The largest difference is at most `tol` times the largest expected value."
+    expected = expected.to(actual)
+    assert actual.shape == expected.shape
+    assert (actual-expected).abs().max() <= tol*expected.abs().max().clamp(min=1e-12)
 
 
 def legrad_cases(readout):
@@ -48,7 +48,7 @@ CLS = legrad_cases("cls") | legrad_cases("mean") | {
     "sg.px": ("simple_gradient", {}), "sg.maxc.px": ("simple_gradient", dict(reduce="max")),
     "smoothgrad.absofmean.px": ("smoothgrad", {}), "smoothgrad.meanofabs.px": ("smoothgrad", dict(mode="meanofabs")),
     "ig.px": ("integrated_gradients", {})}
-CLS_SCALED = {   # min-max scaled pixel maps: method, options, largest difference
+CLS_SCALED = {  # min-max scaled pixel maps: method, options, largest difference
     "legrad.mean.all.px": ("legrad:released", dict(layers="all"), 2e-5),
     "legrad.mean.last2.px": ("legrad:released", {}, 2e-5),
     "gradcam.lib.block1.px": ("gradcam:aft", {}, 1e-4), "gradcam.lib.block2.px": ("gradcam:aft", dict(layer=-1), 1e-4),
@@ -63,7 +63,8 @@ POOL = {
     "legrad.nonorm.slope0.5.grid": ("legrad", NONORM | dict(slope=.5)),
     "legrad.norm.slope0.5.grid": ("legrad", dict(slope=.5)),
     "rawattn.pool.grid": ("raw_attention", {}), "attncam.pool.grid": ("attention_cam", {}),
-    "chefer.pool.plain.grid": ("chefer", ALL), "chefer.pool.normalized.grid": ("chefer", ALL | dict(pooler="normalized")),
+    "chefer.pool.plain.grid": ("chefer", ALL),
+    "chefer.pool.normalized.grid": ("chefer", ALL | dict(pooler="normalized")),
     **{f"gradcam.block{l}.grid": ("gradcam", dict(layer=l)) for l in range(3)}, "sg.px": ("simple_gradient", {})}
 POOL_SCALED = {f"legrad.ref.{layers}.{kind}.px": (layers, kind) for layers in ("all", "last2")
                for kind in ("plain", "corrected")}
@@ -75,7 +76,7 @@ CLASS = {
     "transattr.start0": ("transformer_attribution", dict(start=0)), "transattr.start1": ("transformer_attribution", {}),
     "lrp_rollout.start0": ("transformer_attribution:lrp_rollout", dict(start=0)),
     "lrp_rollout.start1": ("transformer_attribution:lrp_rollout", {})}
-OWN_TEST = {clip_cls: {"legrad.cls.gradrow"}, siglip_map: {"legrad.nonorm.empty.grid"},
+SEPARATE_TESTS = {clip_cls: {"legrad.cls.gradrow"}, siglip_map: {"legrad.nonorm.empty.grid"},
             class_vit: {"attncam.cls.minmaxed", "full_lrp.px", "attn_relevance", "attn_grad"}}
 
 
@@ -83,7 +84,7 @@ OWN_TEST = {clip_cls: {"legrad.cls.gradrow"}, siglip_map: {"legrad.nonorm.empty.
                                          (siglip_map, (POOL, POOL_SCALED, POOL_LAYERS)), (class_vit, (CLASS,))])
 def test_every_expected_array_has_a_test(make, tables):
     expected = {k[2:] for k in load(make, torch.float32)[1] if k.startswith("e.")}
-    assert set().union(*tables, OWN_TEST[make]) == expected
+    assert set().union(*tables, SEPARATE_TESTS[make]) == expected
 
 
 # ---- class token ----------------------------------------------------------------------------------------
@@ -94,8 +95,8 @@ def test_class_token(dtype, key):
     tower, e = load(clip_cls, dtype)
     method, options = CLS[key]
     if method == "smoothgrad": options = options | dict(noise=e["noise"])
-    got, want = explain(tower, e["image"], e["text"], method, **options, **RAW), e[f"e.{key}"]
-    close(got, want[:, None].expand_as(got) if want.ndim == 3 else want)
+    maps, expected = explain(tower, e["image"], e["text"], method, **options, **RAW), e[f"e.{key}"]
+    close(maps, expected[:, None].expand_as(maps) if expected.ndim == 3 else expected)
 
 
 @PRECISION
@@ -115,7 +116,7 @@ def test_class_token_layers(dtype, key):
 
 @PRECISION
 def test_class_token_signed_gradients(dtype):
-    "ds^l/dA^l at the class token's row: the tensor every last-layer method is read from."
+    "ds^l/dA^l at the class token's row, from which all last-layer methods are computed."
     tower, e = load(clip_cls, dtype)
     with torch.no_grad():
         tap, texts = open_tap(tower, e["image"], e["text"])
@@ -129,8 +130,8 @@ def test_class_token_signed_gradients(dtype):
 def test_pooler(dtype, key):
     tower, e = load(siglip_map, dtype)
     method, options = POOL[key]
-    got, want = explain(tower, e["image"], e["text"], method, **options, **RAW), e[f"e.{key}"]
-    close(got, want[:, None].expand_as(got) if want.ndim == 3 else want)
+    maps, expected = explain(tower, e["image"], e["text"], method, **options, **RAW), e[f"e.{key}"]
+    close(maps, expected[:, None].expand_as(maps) if expected.ndim == 3 else expected)
 
 
 @PRECISION
@@ -141,8 +142,8 @@ def test_pooler_as_published(dtype, key):
     layers, kind = POOL_SCALED[key]
     options = {} if layers == "last2" else dict(layers="all")
     if kind == "corrected": options["empty"] = e["empty"]
-    got = explain(tower, e["image"], e["text"], "legrad:released", normalize="grid", **options)
-    assert (got-e[f"e.{key}"]).abs().max() <= 2e-5
+    maps = explain(tower, e["image"], e["text"], "legrad:released", normalize="grid", **options)
+    assert (maps-e[f"e.{key}"]).abs().max() <= 2e-5
 
 
 @PRECISION
@@ -165,15 +166,15 @@ def test_pooler_empty_prompt(dtype):
 def test_classifier(dtype, key):
     tower, e = load(class_vit, dtype)
     method, options = CLASS[key]
-    got = explain(tower, e["image"], e["classes"], method, score="class", **options, **RAW)[0]
-    close(got, e[f"e.{key}"].expand_as(got))
+    maps = explain(tower, e["image"], e["classes"], method, score="class", **options, **RAW)[0]
+    close(maps, e[f"e.{key}"].expand_as(maps))
 
 
 @PRECISION
 def test_classifier_attention_cam_without_range(dtype):
     tower, e = load(class_vit, dtype)
-    got = explain(tower, e["image"], e["classes"], "attention_cam:chefer", score="class", size=None)[0]
-    assert (got-e["e.attncam.cls.minmaxed"].nan_to_num()).abs().max() <= 2e-5
+    maps = explain(tower, e["image"], e["classes"], "attention_cam:chefer", score="class", size=None)[0]
+    assert (maps-e["e.attncam.cls.minmaxed"].nan_to_num()).abs().max() <= 2e-5  # constant maps: NaN there, 0 here
 
 
 @PRECISION
@@ -181,7 +182,8 @@ def test_classifier_relevance_and_gradient_of_attention(dtype):
     tower, e = load(class_vit, dtype)
     with torch.no_grad():
         tap, t = open_tap(tower, e["image"], e["classes"], "class")
-        graph, r, relevance, grads = unroll(tap, 0), start_relevance(tap, t), [], []
+        graph, r = unroll(tap, 0), start_relevance(tap, t)
+        relevance, grads = [], []
         for l, u in reversed([*enumerate(graph.gradients(t))]):
             r, ra = through_block(trace(tap, l), r)
             relevance.append(ra[0, :, :, 0])
@@ -191,16 +193,16 @@ def test_classifier_relevance_and_gradient_of_attention(dtype):
     close(torch.stack(grads[::-1], 1), e["e.attn_grad"])
 
 
-def test_classifier_full_lrp_as_far_as_it_is_determined():
-    "One unit in the last float32 digit of the image moves this map as far as two programs differ."
+def test_classifier_full_lrp_within_its_conditioning():
+    "A change of the image in its last float32 digit changes this map as much as two programs differ."
     tower, e = load(class_vit, torch.float64)
     relevance = lambda x: explain(tower, x, e["classes"], "lrp", score="class", **RAW)[0]
-    want = e["e.full_lrp.px"].double()
-    got, top = relevance(e["image"].double()), want.abs().max()
+    expected = e["e.full_lrp.px"].double()
+    maps, top = relevance(e["image"].double()), expected.abs().max()
     noise = torch.randn(e["image"].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    moved = (relevance(e["image"]*(1+2**-24*noise))-got).abs().max()
-    assert moved > 1e-3*top and (got-want).abs().max() < .03*top
-    assert ((got-want).abs() <= 1e-4*top).double().mean() > .9
+    change = (relevance(e["image"]*(1+2**-24*noise))-maps).abs().max()
+    assert change > 1e-3*top and (maps-expected).abs().max() < .03*top
+    assert ((maps-expected).abs() <= 1e-4*top).double().mean() > .9
 
 
 # ---- the towers themselves ------------------------------------------------------------------------------
@@ -211,9 +213,9 @@ def test_states_attention_and_embedding(dtype, make):
     tower, e = load(make, dtype)
     with torch.no_grad():
         tap, texts = open_tap(tower, e["image"], e["text"])
-        seen = [block_state(tap, l) for l in range(3)]
-        close(torch.stack([attention_weights(b.q, b.k, 4) for b in seen]), e["attn"])
-        close(torch.stack([b.z for b in seen]), e["hidden"])
+        states = [block_state(tap, l) for l in range(3)]
+        close(torch.stack([attention_weights(b.q, b.k, 4) for b in states]), e["attn"])
+        close(torch.stack([b.z for b in states]), e["hidden"])
         f = tap.tower.head(tap.state(3))
         close(f, e["feat"])
         close(tap.scores(f, texts), e["cos"])

@@ -1,4 +1,4 @@
-"The linear probe against its golden optimum, in attacks and maps, and on real photographs."
+"The linear probe: compared with its golden optimum, under attack, in maps, and on real photographs."
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from reclip_nb.attacks import apgd
 from reclip_nb.data import open_dataset
 from reclip_nb.evaluations import LinearProbe, fit_linear_probe
 from reclip_nb.evaluations.probe import COCO_SIX, CocoClasses, ProbeClassifier, features, six_classes
-from reclip_nb.explain import explain_many
+from reclip_nb.explain import explain
 from reclip_nb.models import load_clip
 from reclip_nb.worlds import ShapesDataset
 
@@ -68,9 +68,10 @@ def test_sweep_is_seeded_and_prefers_the_smaller_of_equals(want):
 @pytest.mark.parametrize("X, y, options, words", [
     (torch.eye(4), [0, 0, 0, 0], {}, "two classes"), (torch.eye(4), [0, 1, 0], {}, "needs features"),
     (torch.eye(4), [0, 1, 2, 7], {}, "no image"), (torch.eye(4), [0, 1, 2, -1], {}, "allowed is 0 to 2"),
-    (torch.eye(4), [0, 1, 2, 3], dict(n_classes=3), "allowed is 0 to 2"), (torch.eye(4)*torch.nan, [0, 1, 0, 1], {}, "4 of 4"),
+    (torch.eye(4), [0, 1, 2, 3], dict(n_classes=3), "allowed is 0 to 2"),
+    (torch.eye(4)*torch.nan, [0, 1, 0, 1], {}, "4 of 4"),
     (torch.zeros(0, 4), [], {}, "needs features"), (torch.eye(4), [0, 1, 2, 3], {}, "single C")])
-def test_what_cannot_be_fitted(X, y, options, words):
+def test_invalid_features_and_labels_raise(X, y, options, words):
     with pytest.raises(ValueError, match=words): fit_linear_probe(X, torch.tensor(y, dtype=torch.long), **options)
 
 
@@ -84,17 +85,17 @@ def small():
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_class_weights_are_the_texts_of_a_map(small, normalize):
-    "Simple Gradient and Grad-CAM of the weights are those of the probe's own logit."
+    "With class weights as texts, Simple Gradient explains the probe's logit; the norm of the weights does not matter."
     clip, x, X, y = small
     probe = fit_linear_probe(X, y, 10. if normalize else .01, normalize=normalize)
     x, y = x[::24], y[::24]
-    maps = explain_many(clip, x, probe.weight[y][:, None], ["simple_gradient", "gradcam"], normalize="none", score=probe.score)
+    texts = probe.weight[y][:, None]
+    maps = explain(clip, x, texts, "simple_gradient", normalize="none", score=probe.score)
     v = x.clone().requires_grad_()
     g, = torch.autograd.grad(ProbeClassifier(clip, probe)(v).gather(1, y[:, None]).sum(), v)
-    torch.testing.assert_close(maps["simple_gradient"][:, 0], g.abs().sum(1), rtol=1e-3, atol=1e-6*float(g.abs().max()))
-    longer = explain_many(clip, x, 3*probe.weight[y][:, None], ["gradcam"], normalize="minmax", score=probe.score)
-    shown = explain_many(clip, x, probe.weight[y][:, None], ["gradcam"], normalize="minmax", score=probe.score)
-    torch.testing.assert_close(longer["gradcam"], shown["gradcam"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(maps[:, 0], g.abs().sum(1), rtol=1e-3, atol=1e-6*float(g.abs().max()))
+    cams, scaled = (explain(clip, x, k*texts, "gradcam", score=probe.score) for k in (1, 3))
+    torch.testing.assert_close(scaled, cams, rtol=1e-3, atol=1e-5)
 
 
 def test_probe_in_apgd(small):
@@ -110,11 +111,12 @@ def test_probe_in_apgd(small):
 def test_coco_six_classes(sample_data):
     photos = open_dataset("coco", sample_data/"coco_ccby_small", split="all", size=64)
     data = six_classes(photos)
-    assert isinstance(data, CocoClasses) and {data.classes[k] for k in data.labels} == set(COCO_SIX) and len(data) < len(photos)
+    assert isinstance(data, CocoClasses) and len(data) < len(photos)
+    assert {data.classes[k] for k in data.labels} == set(COCO_SIX)
     names = {k: c["name"] for k, c in data.coco.cats.items()}
     for i in range(0, len(data), 7):
-        six = [a for a in photos.coco.imgToAnns[data.rows[i]["id"]] if not a["iscrowd"] and names[a["category_id"]] in COCO_SIX]
-        largest = max(six, key=lambda a: a["area"])
+        objects = [a for a in photos.coco.imgToAnns[data.rows[i]["id"]] if not a["iscrowd"]]
+        largest = max((a for a in objects if names[a["category_id"]] in COCO_SIX), key=lambda a: a["area"])
         assert data.classes[data.labels[i]] == names[largest["category_id"]]
         assert {a["category_id"] for a in data.instances(i)} == {largest["category_id"]}
     assert data[0]["label"] == data.labels[0] and data[0]["mask"].any()
@@ -123,12 +125,13 @@ def test_coco_six_classes(sample_data):
 
 @pytest.mark.sample
 def test_cifar10_probe(sample_data):
-    "A random tower's features tell real photographs apart better than chance; an attack on the probe takes that away."
+    "A probe on a random tower classifies photographs above chance, and an attack breaks most correct predictions."
     clip = load_clip("tiny-cifar", seed=0)
     train, test = (open_dataset("cifar10_small", sample_data/"cifar10_small", split=s) for s in ("train", "val"))
     probe = fit_linear_probe(*features(clip, train, limit=1000), C=(1, 100))
     X, y = features(clip, test, limit=300)
     right = probe(X).argmax(1) == y
     assert right.double().mean() > .18, "chance is 0.1"
-    x = torch.stack([test[i]["image"] for i in torch.linspace(0, len(test)-1, 300).long().tolist()])[right][:32]
-    assert apgd(ProbeClassifier(clip, probe), x, y[right][:32], eps=8/255, n_iter=10).broken.double().mean() > .5
+    x = torch.stack([test[i]["image"] for i in torch.linspace(0, len(test)-1, 300).long().tolist()])
+    result = apgd(ProbeClassifier(clip, probe), x[right][:32], y[right][:32], eps=8/255, n_iter=10)
+    assert result.broken.double().mean() > .5

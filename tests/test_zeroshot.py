@@ -25,7 +25,7 @@ def test_weights_are_the_golden_ones():
     torch.testing.assert_close(logits, g["logits"], rtol=0, atol=1e-10)
     assert torch.equal(logits.argmax(-1), g["pred"]) and torch.equal(logits.topk(5).indices, g["top5"])
     for wrong in ("wrong_mean_before_norm", "wrong_no_renorm"):
-        assert not torch.allclose(weights.mT, g[wrong], atol=1e-3), f"{wrong}: the order of the steps matters"
+        assert not torch.allclose(weights.mT, g[wrong], atol=1e-3), f"{wrong}: a step is missing or in the wrong order"
 
 
 def test_text_classifier_is_normalise_mean_normalise():
@@ -34,19 +34,20 @@ def test_text_classifier_is_normalise_mean_normalise():
     assert weights.dtype == torch.float32 and not weights.requires_grad
     with torch.no_grad():
         for k in (0, 9, 23):
-            own = torch.cat([clip.encode_text([t]) for t in texts[k]])
-            torch.testing.assert_close(weights[k], F.normalize(own.mean(0), dim=0))
+            embeddings = torch.cat([clip.encode_text([t]) for t in texts[k]])
+            torch.testing.assert_close(weights[k], F.normalize(embeddings.mean(0), dim=0))
 
 
 def test_classes_with_different_numbers_of_prompts():
     clip, texts = load_clip("tiny-smoke", seed=0), prompts("ensemble")
     weights = text_classifier(clip, [texts[0], texts[1][:1]])
-    torch.testing.assert_close(weights, torch.stack([text_classifier(clip, texts)[0], text_classifier(clip, prompts())[1]]))
+    expected = torch.stack([text_classifier(clip, texts)[0], text_classifier(clip, prompts())[1]])
+    torch.testing.assert_close(weights, expected)
 
 
-def test_classes_the_encoder_cannot_tell_apart():
+def test_classes_with_the_same_embedding():
     clip = load_clip("tiny-smoke", seed=0)
-    names = [*CLASSES, "Red plain shape"]      # another text, the same tokens
+    names = [*CLASSES, "Red plain shape"]  # another text with the same tokens
     with pytest.raises(ValueError, match="same embedding.*'a photo of a red plain shape.'.*rename"):
         text_classifier(clip, class_prompts(names), batch=3)
 
@@ -74,7 +75,8 @@ def test_template_lists():
     assert {k: len(v) for k, v in TEMPLATES.items()} == dict(
         imagenet=80, imagenette=80, cifar10=18, caltech256=34, stl10=2, fgvc_aircraft=2, eurosat=3)
     for templates in TEMPLATES.values():
-        assert len({p[0] for p in class_prompts(["cat", "dog"], templates)}) == 2 and len(set(templates)) == len(templates)
+        assert len({p[0] for p in class_prompts(["cat", "dog"], templates)}) == 2
+        assert len(set(templates)) == len(templates)
     assert {"a blurry photo of the {}.", "a photo of a big {}.", "a photo of a {}."} <= set(TEMPLATES["cifar10"])
     assert {"the {} in a video game.", "a origami {}.", "art of the {}."} <= set(TEMPLATES["caltech256"])
 
@@ -116,14 +118,15 @@ def test_golden_logits_from_pixels(dtype, tolerance):
     missing = model.load_state_dict({k: v for k, v in file.items() if k.startswith("visual.")}, strict=False)
     assert not missing.unexpected_keys and not [k for k in missing.missing_keys if k.startswith("visual.")]
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    f = ClipClassifier(Clip(model, "golden", mean, std), file["text_embeddings"], file["logit_scale_exp"].item()).to(dtype)
-    f.mean, f.std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in (mean, std))    # float32 constants would cost digits
+    clip = Clip(model, "golden", mean, std)
+    f = ClipClassifier(clip, file["text_embeddings"], file["logit_scale_exp"].item()).to(dtype)
+    f.mean, f.std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in (mean, std))  # not rounded to float32
     g = golden("robust", "clip_inputs.npz")
-    want = g["logits_f32" if dtype == torch.float32 else "logits_f64"]
-    torch.testing.assert_close(f(g["x"].to(dtype)), want, rtol=0, atol=tolerance)
+    expected = g["logits_f32" if dtype == torch.float32 else "logits_f64"]
+    torch.testing.assert_close(f(g["x"].to(dtype)), expected, rtol=0, atol=tolerance)
 
 
-def test_the_model_is_left_alone(clip, weights, x):
+def test_the_model_is_not_changed(clip, weights, x):
     before = {k: v.clone() for k, v in clip.state_dict().items()}
     flags = [p.requires_grad for p in clip.parameters()]
     f = ClipClassifier(clip, weights)
@@ -131,18 +134,19 @@ def test_the_model_is_left_alone(clip, weights, x):
     x.requires_grad_()
     f(x).square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0 and all(p.grad is None for p in clip.parameters())
-    assert flags == [p.requires_grad for p in clip.parameters()] and all(torch.equal(before[k], v) for k, v in clip.state_dict().items())
+    assert flags == [p.requires_grad for p in clip.parameters()]
+    assert all(torch.equal(before[k], v) for k, v in clip.state_dict().items())
     out = f(x)
     with torch.no_grad():
         for p in clip.visual.parameters(): p.add_(.1)
-    try: assert torch.equal(f(x), out), "and a model that is trained on does not move its classifier"
+    try: assert torch.equal(f(x), out), "further training of the model changed its classifier"
     finally: clip.load_state_dict(before)
 
 
 def test_a_training_model_gives_a_classifier_in_evaluation_mode(clip, weights, x):
-    want = ClipClassifier(clip, weights)(x)
+    expected = ClipClassifier(clip, weights)(x)
     clip.train()
-    try: assert torch.equal(ClipClassifier(clip, weights)(x), want) and clip.visual.training
+    try: assert torch.equal(ClipClassifier(clip, weights)(x), expected) and clip.visual.training
     finally: clip.eval()
     with pytest.raises(RuntimeError, match="training mode"): ClipClassifier(clip, weights).train()(x)
 
@@ -170,20 +174,20 @@ def test_weights_of_another_shape(clip, weights):
         with pytest.raises(ValueError, match="rows of length 1"): ClipClassifier(clip, bad)
 
 
-def test_scale_matters_to_the_attack_and_not_to_the_answer(clip, weights, x):
-    at = lambda s: ClipClassifier(clip, weights, s)(x)
-    assert torch.equal(at(10).argmax(-1), at(100).argmax(-1))
-    torch.testing.assert_close(at(100), 10*at(10), rtol=1e-5, atol=1e-4)
+def test_scale_does_not_change_the_prediction(clip, weights, x):
+    logits = lambda scale: ClipClassifier(clip, weights, scale)(x)
+    assert torch.equal(logits(10).argmax(-1), logits(100).argmax(-1))
+    torch.testing.assert_close(logits(100), 10*logits(10), rtol=1e-5, atol=1e-4)
 
 
 # Accuracy
 
-def test_held_out_images_have_labels_whatever_kind_is_trained_on():
+def test_held_out_images_have_labels_for_any_kind_of_training_data():
     x, y, texts = held_out("shapes", world="smoke", seed=0, kind="scenes", size=32, limit=48)
     assert x.shape == (48, 3, 32, 32) and torch.equal(y, torch.linspace(0, 383, 48).long() % 24) and texts == prompts()
 
 
-def test_probe_counts_and_orders(clip, x):
+def test_probe_is_reproducible_and_counts_images(clip, x):
     y = torch.arange(6)
     f = ClipClassifier(clip, text_classifier(clip, prompts()))
     probe = robustness_probe(clip, x, y, prompts(), n_robust=3)

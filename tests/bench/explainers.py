@@ -1,12 +1,12 @@
-"""Time of our explainers against the published patterns and programs: ViT-B/16, random weights, one thread.
+"""Time of our explainers compared with the published patterns and programs: ViT-B/16, random weights, one thread.
 
     python tests/bench/explainers.py [--peer-python /env/of/the/peers/bin/python] [--prompts 1 8 32] [--json FILE]
 
-"plain" implementations are written below from the methods' definitions, in the pattern of the published programs: the
-image is repeated for every text, attention is in the graph, one gradient a layer. The programs themselves (legrad_torch,
-which needs open_clip <= 2.23, and grad-cam) run in an environment of their own, named by --peer-python or
-RECLIP_PEER_PYTHON, on the same weights. Runs alternate; times are process seconds, ratios are of minima and of medians.
-Each program has its own process, so that peak memory is its own."""
+The "plain" implementations below follow the definitions of the methods in the pattern of the published programs: the
+image is repeated for every text, attention is in the graph, and there is one gradient per layer. The published programs
+(legrad_torch, which needs open_clip <= 2.23, and grad-cam) run on the same weights in a separate environment, given by
+--peer-python or RECLIP_PEER_PYTHON. Runs alternate. Times are process seconds; ratios are of minima and of medians.
+Each program runs in a separate process, so that its peak memory can be measured."""
 import argparse
 import ast
 import importlib.metadata
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from machine import machine
 
-LAYER = 8                                   # of Grad-CAM, block index from 0
+LAYER = 8  # of Grad-CAM, block index from 0
 LINE = "ours {ours:6.2f} s  theirs {theirs:6.2f} s  ratio {ratio:5.1f} (median {ratio_median:5.1f})"
-COMPARE = [   # title, our case, their case, numbers of texts
+COMPARE = [  # title, our case, their case, numbers of texts
     ("LeGrad, all layers, class token", "legrad_cls", "legrad_torch", (1, 8, 32)),
     ("LeGrad, all layers, token mean", "legrad_mean", "legrad_torch", (1, 8, 32)),
     ("LeGrad, all layers, class token", "legrad_cls", "plain_legrad", (1, 8)),
@@ -57,8 +57,9 @@ def block(blk, h):
 
 
 def forward(visual, image, texts):
-    "The image once for every text: attention and tokens of every block."
-    h, attn, tokens = visual._embeds(image.expand(len(texts), -1, -1, -1)), [], []
+    "The image repeated for every text: attention and tokens of every block."
+    h = visual._embeds(image.expand(len(texts), -1, -1, -1))
+    attn, tokens = [], []
     for blk in visual.transformer.resblocks:
         a, h = block(blk, h)
         attn.append(a)
@@ -88,7 +89,9 @@ def plain_gradcam(visual, image, texts):
     h = visual._embeds(image.expand(len(texts), -1, -1, -1))
     for l, blk in enumerate(visual.transformer.resblocks):
         h = blk(h)
-        if l == LAYER: (z := h).retain_grad()
+        if l == LAYER:
+            z = h
+            z.retain_grad()
     visual.zero_grad()
     cosine(visual.ln_post(h[:, 0]) @ visual.proj, texts).sum().backward()
     return torch.einsum("bd,bnd->bn", z.grad.mean(1), z[:, 1:]).relu()
@@ -138,8 +141,9 @@ def legrad_torch(visual, image, texts):
 def pytorch_grad_cam(visual, image, texts):
     from pytorch_grad_cam import GradCAM
     side = image.shape[-1]//visual.conv1.stride[0]
-    def grid(z):                        # token-first before open_clip 2.25, batch-first since
-        z = z if getattr(visual.transformer, "batch_first", False) else z.transpose(0, 1)
+    def grid(z):
+        "Tokens as a grid; open_clip is batch-first since 2.25, token-first before."
+        if not getattr(visual.transformer, "batch_first", False): z = z.transpose(0, 1)
         return z[:, 1:].transpose(1, 2).unflatten(-1, (side, side))
     targets = [lambda f, t=t: cosine(f, t) for t in texts]
     with GradCAM(model=visual, target_layers=[visual.transformer.resblocks[LAYER]], reshape_transform=grid) as cam:
@@ -156,16 +160,16 @@ PEERS = {"legrad_torch": ("legrad", legrad_torch), "pytorch_grad_cam": ("pytorch
 # ---- a process that runs cases ------------------------------------------------------------------------------
 
 def tower(weights):
-    "ViT-B/16 with the given weights; the peers want the whole model."
+    "ViT-B/16 with the given weights; the peers need the whole model."
     import open_clip
     model = open_clip.create_model("ViT-B-16").eval()
     model.visual.load_state_dict(torch.load(weights, weights_only=True))
-    model.visual.whole = [model]        # in a list: no circle of modules
+    model.visual.whole = [model]  # in a list, so that the modules do not contain each other
     return model.visual
 
 
 def peak(reset=False):
-    "Highest resident memory in MB since the last reset; None where the system does not say."
+    "Highest resident memory in MB since the last reset; None if the system does not report it."
     try:
         if reset: Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -174,18 +178,20 @@ def peak(reset=False):
 
 
 def work(weights):
-    "Answer requests on stdin: one JSON object a line, {case, texts, seed}."
+    "Answer requests on stdin: one JSON object per line, {case, texts}."
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    pipe, sys.stdout = sys.stdout, sys.stderr           # peers print
+    pipe, sys.stdout = sys.stdout, sys.stderr  # the peers print to stdout
     visual, image = tower(weights), torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): visual(image)
     for line in sys.stdin:
-        ask = json.loads(line)
-        module, case = PEERS.get(ask["case"], (None, CASES.get(ask["case"], PLAIN.get(ask["case"]))))
-        if module and importlib.util.find_spec(module) is None: answer = dict(missing=module)
+        request = json.loads(line)
+        name = request["case"]
+        module, case = PEERS.get(name, (None, CASES.get(name, PLAIN.get(name))))
+        if module and importlib.util.find_spec(module) is None:
+            answer = dict(missing=module)
         else:
-            texts = F.normalize(torch.randn(ask["texts"], 512, generator=torch.Generator().manual_seed(1)), dim=-1)
+            texts = F.normalize(torch.randn(request["texts"], 512, generator=torch.Generator().manual_seed(1)), dim=-1)
             before, start = peak(reset=True), time.process_time()
             case(visual, image, texts)
             answer = dict(seconds=time.process_time()-start, peak=before and peak()-before)
@@ -195,9 +201,9 @@ def work(weights):
 class Worker:
     "A process with the tower loaded; `ask` runs one case in it."
     def __init__(self, python, weights):
-        here = str(Path(__file__).resolve())
+        script = str(Path(__file__).resolve())
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.process = subprocess.Popen([python, here, "--work", weights], text=True, **pipes)
+        self.process = subprocess.Popen([python, script, "--work", weights], text=True, **pipes)
 
     def ask(self, case, texts):
         print(json.dumps(dict(case=case, texts=texts)), file=self.process.stdin, flush=True)
@@ -213,18 +219,20 @@ class Worker:
 # ---- comparing ----------------------------------------------------------------------------------------------
 
 def compare(mine, theirs, case, other, texts, repeats):
-    "Seconds and ratios of alternating runs, after one warm-up each; None if the other is not installed."
-    first = theirs.ask(other, texts if texts < 9 else 1)
-    if "missing" in first: return None
+    "Seconds and ratios of alternating runs, after one warm-up each; None if the other program is not installed."
+    warm_up = theirs.ask(other, texts if texts < 9 else 1)
+    if "missing" in warm_up: return None
     mine.ask(case, texts)
-    runs = [(mine.ask(case, texts), theirs.ask(other, texts)) for _ in range(repeats)]
-    ours_s, their_s = ([r[i]["seconds"] for r in runs] for i in (0, 1))
-    return dict(ours=min(ours_s), theirs=min(their_s), ratio=min(their_s)/min(ours_s),
-                ratio_median=statistics.median(their_s)/statistics.median(ours_s), runs=repeats)
+    our_times, their_times = [], []
+    for _ in range(repeats):
+        our_times.append(mine.ask(case, texts)["seconds"])
+        their_times.append(theirs.ask(other, texts)["seconds"])
+    return dict(ours=min(our_times), theirs=min(their_times), ratio=min(their_times)/min(our_times),
+                ratio_median=statistics.median(their_times)/statistics.median(our_times), runs=repeats)
 
 
 def extra_memory(python, weights, case, texts):
-    "Peak resident memory above the loaded tower, MB, in a process of its own."
+    "Peak resident memory in MB above that of the loaded tower, in a separate process."
     worker = Worker(python, weights)
     answer = worker.ask(case, texts)
     worker.close()
@@ -232,13 +240,13 @@ def extra_memory(python, weights, case, texts):
 
 
 def setting(peer):
-    "What the numbers depend on."
+    "The machine and the versions of the programs, on which the numbers depend."
     names = ("torch", "open_clip_torch", "legrad_torch", "grad-cam")
-    found = f"{{n: m.version(n) for n in {names} if any(m.Distribution.discover(name=n))}}"
-    ask = [peer, "-c", f"import importlib.metadata as m; print({found})"]
-    peers = ast.literal_eval(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
-    own = {n: importlib.metadata.version(n) for n in ("torch", "open_clip_torch")}
-    return dict(**machine(), threads=1, ours=own, peers=peers)
+    versions = f"{{n: m.version(n) for n in {names} if any(m.Distribution.discover(name=n))}}"
+    command = [peer, "-c", f"import importlib.metadata as m; print({versions})"]
+    peers = ast.literal_eval(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    ours = {n: importlib.metadata.version(n) for n in ("torch", "open_clip_torch")}
+    return dict(**machine(), threads=1, ours=ours, peers=peers)
 
 
 def main(args):
@@ -252,9 +260,9 @@ def main(args):
         for title, case, other, counts in COMPARE:
             for n in [n for n in counts if n in (*args.prompts, 4)]:
                 against = theirs if other in PEERS else mine
-                found = compare(mine, against, case, other, n, args.repeats if n < 9 else 1)
-                print(f"{title:34} {n:3} texts  {other:22}", "not installed" if found is None else LINE.format(**found))
-                if found: rows.append(dict(method=title, ours_case=case, other=other, texts=n, **found))
+                times = compare(mine, against, case, other, n, args.repeats if n < 9 else 1)
+                print(f"{title:34} {n:3} texts  {other:22}", LINE.format(**times) if times else "not installed")
+                if times: rows.append(dict(method=title, ours_case=case, other=other, texts=n, **times))
         mine.close()
         theirs.close()
         memory = {c: extra_memory(p, weights, c, max(args.prompts)) for c, p in
@@ -269,10 +277,12 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer-python", default=os.environ.get("RECLIP_PEER_PYTHON"), help="interpreter that has the peers")
+    parser.add_argument("--peer-python", default=os.environ.get("RECLIP_PEER_PYTHON"),
+                        help="interpreter of the environment with the published programs")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8, 32], help="numbers of texts")
     parser.add_argument("--repeats", type=int, default=3, help="alternating runs of each pair (one at 32 texts)")
     parser.add_argument("--json", help="file for the table")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    work(args.work) if args.work else main(args)
+    if args.work: work(args.work)
+    else: main(args)
