@@ -101,8 +101,9 @@ class BrodenFolder(Dataset):
         self.root = Path(root)
         missing = _missing(self.root)
         if missing:
-            raise FileNotFoundError(f"{self.root} is not an unpacked Broden folder: no {', '.join(missing)}. It must contain "
-                                    "index.csv, category.csv, label.csv, c_<category>.csv and images/, as broden1_224.zip does")
+            raise FileNotFoundError(f"{self.root} is not an unpacked Broden folder: no {', '.join(missing)}. It must "
+                                    "contain index.csv, category.csv, label.csv, c_<category>.csv and images/, "
+                                    "as broden1_224.zip does")
         self.categories = _categories(self.root, categories)
         self.labels, self.columns = _labels(self.root, self.categories)
         table = _table(self.root/"index.csv", *ASIDE, *self.categories)
@@ -215,7 +216,8 @@ def _write_labels(root: Path, covered: list[Counter]):
         rows = [dict(number=n, name=name, frequency=frequency[n], coverage=f"{coverage[n]:.6f}")
                 for n, name in enumerate(names, FIRST_LABEL[c])]
         total = sum(r["frequency"] for r in rows)
-        category.append(dict(name=c, first=rows[0]["number"], last=rows[-1]["number"], count=len(rows), frequency=total))
+        category.append(dict(name=c, first=rows[0]["number"], last=rows[-1]["number"], count=len(rows),
+                             frequency=total))
         label += [dict(number=r["number"], name=r["name"], category=f"{c}({r['frequency']})", frequency=r["frequency"],
                        coverage=r["coverage"], syns="") for r in rows]
         ranked = sorted(rows, key=lambda r: -r["frequency"])
