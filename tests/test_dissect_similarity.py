@@ -181,8 +181,8 @@ def test_dead_neurons(metric):
 
 @pytest.mark.parametrize("change, words", [
     (lambda a, i, t: (a[:50], i[:50], t), "the top 100 of 50 images"),
-    (lambda a, i, t: (a.index_fill(0, torch.tensor([7]), torch.nan), i, t), "activations hold NaN .* first in row 7, column 0"),
-    (lambda a, i, t: (a, i.index_fill(1, torch.tensor([2]), torch.inf), t), "image embeddings hold NaN"),
+    (lambda a, i, t: (a.index_fill(0, torch.tensor([7]), torch.nan), i, t), "activations contain NaN .* first in row 7, column 0"),
+    (lambda a, i, t: (a, i.index_fill(1, torch.tensor([2]), torch.inf), t), "image embeddings contain NaN"),
     (lambda a, i, t: (a, i[:-1], t), "700 rows of activations for 699 images"),
     (lambda a, i, t: (a, i, t[:, :-1]), "image embeddings are 24 wide, concepts 23"),
     (lambda a, i, t: (a, i, 100*t), "concept embeddings must have rows of length 1"),

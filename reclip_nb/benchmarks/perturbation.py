@@ -153,6 +153,7 @@ def perturbation(
     fractions: Sequence[float] = FRACTIONS,  # S removed fractions
 ) -> dict[tuple[str, str], Perturbation]:
     "(method, 'negative_predicted' ...) -> accumulated hits."
+    new = lambda order: Perturbation(order, fill, fractions, subject.model.mean)
     meters = {}
     for x, labels, *further in batches:
         predicted = subject(x).argmax(-1)
@@ -160,7 +161,6 @@ def perturbation(
         for given in further: maps |= {label: m.to(x)[:, None].expand(-1, 2, -1, -1) for label, m in given.items()}
         for label, of_both in maps.items():
             for sign, order in ORDERS.items():
-                new = lambda order: Perturbation(order, fill, fractions, subject.model.mean)
                 pair = [meters.setdefault((label, f"{sign}_{which}"), new(order)) for which in EXPLAINED]
                 _update_pair(pair, subject, x, of_both, predicted, labels)
     return meters
