@@ -1,4 +1,4 @@
-"""What every test shares: the project root, one thread, and which tests this machine can run."""
+"""What every test shares: the project root, the threads, and which tests this machine can run."""
 import os
 from pathlib import Path
 
@@ -8,7 +8,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = Path(os.environ.setdefault("RECLIP_SAMPLE_DATA", str(ROOT.parent/"shared"/"data")))
 
@@ -23,6 +23,13 @@ def root() -> Path:
 def sample_data() -> Path:
     "Folder of real photographs, for tests marked `sample`."
     return SAMPLE
+
+
+def pytest_collection_modifyitems(items):
+    "A test whose file names the golden arrays is marked `golden`."
+    named = {path: "golden" in path.read_text().lower() for path in {item.path for item in items}}
+    for item in items:
+        if named[item.path]: item.add_marker("golden")
 
 
 def pytest_runtest_setup(item):
