@@ -160,7 +160,7 @@ def join_reports(
 def robust_table(
     reports: dict[tuple[str, str], RobustReport],  # (data, model) -> report
 ) -> pd.DataFrame:
-    "Clean accuracy and accuracy after the last attack; means over all data (`average`) or valid data (`average_valid`)."
+    "Clean accuracy and accuracy after the last attack; means over all data (`average`) or valid (`average_valid`)."
     frames = []
     for (data, model), report in reports.items():
         rows = report.table()
