@@ -1,12 +1,12 @@
-# The study as a graph: every job is one notebook, run by papermill into its own run folder.
+# A study as a graph: each job executes one notebook with papermill and writes into one run folder.
 #
 #   snakemake -c2                                                             the embedded world, one seed
-#   snakemake -c2 --config world=full seeds=3                                 another size, three seeds
-#   snakemake -c2 --config sweeps=1                                           the wider comparisons beyond the papers too
+#   snakemake -c2 --config world=full seeds=3                                 another world size, three seeds
+#   snakemake -c2 --config sweeps=1                                           also the wider comparisons beyond the papers
 #   snakemake --profile configs/slurm --config preset=paper world=imagenet    the papers' own settings, on a cluster
 #
-# A job runs again when its notebook, its YAML or the numbers it reads have changed in content (`--touch` accepts finished
-# runs after a change of prose). A training that was stopped goes on from its last checkpoint.
+# A job runs again when the content of its notebook, its YAML or the results it reads has changed (`--touch` accepts
+# finished runs after a change of prose). Interrupted training resumes from its last checkpoint.
 import os
 import sys
 from functools import cache
@@ -22,14 +22,14 @@ SEEDS = range(int(config.get("seeds", 1)))
 FOLDER = os.path.expanduser(os.environ.get("RECLIP_RUNS", "runs"))
 STUDY = f"{FOLDER}/{PRESET}/{{world}}-seed{{seed}}"
 
-RUNS = study_jobs(PRESET, sweeps=bool(int(config.get("sweeps", 0))))   # configs/graph.yaml
-# progress lines for a file; glibc keeps the memory that every training step frees and asks for again
+RUNS = study_jobs(PRESET, sweeps=bool(int(config.get("sweeps", 0))))  # configs/graph.yaml
+# Fewer progress lines, as they go to a file; glibc keeps the memory that every training step frees and allocates again.
 os.environ |= dict(TQDM_MININTERVAL="30", MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**25))
 with open("configs/resources.yaml") as file: RESOURCES = yaml.safe_load(file)[PRESET]
 
 
 def as_yaml(parameters):
-    "One line of YAML for papermill -y."
+    "Parameters as one line of YAML, for papermill -y."
     return yaml.safe_dump(parameters, default_flow_style=True, width=float("inf")).strip()
 
 
@@ -39,25 +39,25 @@ def resources(notebook):
 
 
 def minutes(runtime):
-    "Of a wall time such as 30m or 12h."
+    "Minutes of a wall time such as 30m or 12h."
     return int(runtime[:-1]) * dict(m=1, h=60)[runtime[-1]]
 
 
 @cache
 def ahead(run):
-    "Declared minutes from the start of a run to the end of the study: what has most ahead of it starts first."
-    later = [ahead(name) for name, job in RUNS.items() if run in job.reads]
-    return minutes(resources(RUNS[run].notebook)["runtime"]) + max(later, default=0)
+    "Declared minutes from the start of a run to the end of the study; the run with the longest path starts first."
+    readers = [ahead(name) for name, job in RUNS.items() if run in job.reads]
+    return minutes(resources(RUNS[run].notebook)["runtime"]) + max(readers, default=0)
 
 
 def settings(wildcards):
-    "YAML of the job: the preset's, then what the world changes."
+    "YAML files of the job: the preset's, then the overrides of the world."
     notebook = RUNS[wildcards.run].notebook
     return [os.path.relpath(f) for f in config_files(PRESET, notebook, wildcards.world)]
 
 
 def finished(wildcards):
-    "The runs a job reads."
+    "Result files of the runs that a job reads."
     return [f"{STUDY.format(**wildcards)}/{run}/metrics.json" for run in RUNS[wildcards.run].reads]
 
 
@@ -65,7 +65,7 @@ rule all:
     input: [STUDY.format(world=WORLD, seed=seed) + "/report/metrics.json" for seed in SEEDS]
 
 
-# one rule a notebook, so that a cluster profile can give each its own resources
+# One rule per notebook, so that a cluster profile can set resources for each.
 for notebook in dict.fromkeys(job.notebook for job in RUNS.values()):
     rule:
         name: notebook

@@ -1,4 +1,4 @@
-"What the processes of test_kills.py do; a fork server imports this once, so that a new process starts in milliseconds."
+"The jobs of the processes in test_kills.py; a fork server imports them once, so a new process starts in milliseconds."
 import os
 import signal
 import sys
@@ -22,7 +22,7 @@ OBJECTIVES = dict(aft=lambda aft: aft, epg=lambda aft: EPG(aft, w_s=.6))
 
 
 def killed_at(rename: int):
-    "Make this process kill itself just before it renames a file for the nth time."
+    "Make this process kill itself just before its n-th renaming of a file, counted from 0."
     real, calls = os.replace, count()
 
     def replace(*args):
@@ -32,7 +32,7 @@ def killed_at(rename: int):
 
 
 def train(runs: Path, objective: str, steps: int = 12, every: int = 3, rename: int = -1):
-    "Train into runs/kills/<objective> as the notebooks do: checkpoints, weights, result."
+    "Train into runs/kills/<objective> as the notebooks do, with checkpoints, weights and result."
     os.environ["RECLIP_RUNS"] = str(runs)
     sys.stdout = open(runs/"out.txt", "a", buffering=1)
     torch.set_num_threads(1)
@@ -47,9 +47,9 @@ def train(runs: Path, objective: str, steps: int = 12, every: int = 3, rename: i
 
 
 def evaluate(folder: Path):
-    "Robust accuracy with a state in the folder."
+    "Robust accuracy, with a resumable state in the folder."
     torch.set_num_threads(1)
     d = golden("robust", "tiny_inputs.npz")
     report = robust_eval(tiny(), d["x"], d["y"], (10/255, 14/255), n_iter=40, batch_size=6, resume=folder/"state.npz")
-    write_json(folder/"metrics.json", dict(table=report.table().to_dict("records"), card=report.card,
-                                           status={f"{e} {a}": s for (e, a), s in report.status.items()}))
+    status = {f"{eps} {attack}": s for (eps, attack), s in report.status.items()}
+    write_json(folder/"metrics.json", dict(table=report.table().to_dict("records"), card=report.card, status=status))

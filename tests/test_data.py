@@ -1,4 +1,4 @@
-"""Data sets on stand-ins (broken files, odd colours, crowds, empty masks, nothing) and real photographs."""
+"""Data sets on stand-ins (broken files, colour modes, crowds, empty masks, empty folders) and on real photographs."""
 import hashlib
 import io
 import json
@@ -28,14 +28,15 @@ from reclip_nb.data import (
 from reclip_nb.data.photos import Unreadable
 from reclip_nb.worlds import ShapesDataset, World
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")   # pycocotools under NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools under NumPy 2
 quiet = pytest.mark.filterwarnings("ignore:left out")
 
 
 def jpeg(width=60, height=40, mode="RGB", seed=0):
     "Bytes of a noisy JPEG."
     noise = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-    Image.fromarray(noise).convert(mode).save(buffer := io.BytesIO(), "JPEG")
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
@@ -44,7 +45,8 @@ def folder(tmp_path):
     "Two classes; row 2 is truncated, row 3 is not an image."
     for split in ("train", "val"):
         (cats, dogs) = (tmp_path/split/name for name in ("cat", "dog"))
-        cats.mkdir(parents=True), dogs.mkdir()
+        cats.mkdir(parents=True)
+        dogs.mkdir()
         (cats/"0.jpg").write_bytes(jpeg())
         (cats/"1.jpg").write_bytes(jpeg(mode="L"))
         (cats/"2.jpg").write_bytes(jpeg()[:-900])
@@ -74,10 +76,15 @@ def test_every_colour_mode_and_every_broken_file(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_files_do_not_shift_the_order(folder, workers):
     data = open_dataset("imagefolder", folder, split="train", size=16)
-    run = lambda start, workers: [(s, b["id"], b["image"].sum((1, 2, 3)).tolist()) for s, b in step_batches(data, 3, 0, start, 6, workers)]
-    whole = run(0, 0)
-    assert [s for s, *_ in whole] == list(range(6)) and len({i for _, ids, _ in whole for i in ids}) == 5
-    for start in range(1, 6) if workers == 0 else (1, 4): assert whole[start:] == run(start, workers)   # 1 and 4: inside an epoch of two
+
+    def steps(start, workers):
+        batches = step_batches(data, 3, 0, start, 6, workers)
+        return [(step, b["id"], b["image"].sum((1, 2, 3)).tolist()) for step, b in batches]
+    uninterrupted = steps(0, 0)
+    assert [s for s, *_ in uninterrupted] == list(range(6))
+    assert len({i for _, ids, _ in uninterrupted for i in ids}) == 5
+    for start in range(1, 6) if workers == 0 else (1, 4):  # an epoch has two steps
+        assert uninterrupted[start:] == steps(start, workers)
     assert set(data.skipped) == {"cat/2.jpg", "cat/3.jpg"}, "known in the main process"
 
 
@@ -85,14 +92,14 @@ def test_broken_files_do_not_shift_the_order(folder, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_counts_nothing_twice(folder, workers):
     data = open_dataset("imagefolder", folder, size=16)
-    seen = [i for b in batches(data, 2, workers=workers) for i in b["id"]]
-    assert seen == ["cat/0.jpg", "cat/1.jpg", "dog/4.png", "dog/5.png", "dog/6.jpg"]
+    ids = [i for b in batches(data, 2, workers=workers) for i in b["id"]]
+    assert ids == ["cat/0.jpg", "cat/1.jpg", "dog/4.png", "dog/5.png", "dog/6.jpg"]
     assert len(data.skipped) == 2
     assert [b["index"].tolist() for b in batches(data, 2, rows=[6, 2, 0])] == [[6], [0]]
 
 
 class Odd(torch.utils.data.Dataset):
-    "Row 2 raises what nobody expects; the others say how many threads they were read with."
+    "Row 2 raises an unexpected error; the other rows contain the number of threads of the process that read them."
     names = ["a.jpg", "b.jpg", "c.jpg"]
     def __len__(self): return 3
     def __getitem__(self, i): return dict(id=self.names[i], threads=torch.get_num_threads(), zero=1//(2-i))
@@ -116,7 +123,7 @@ def test_batches_are_pinned_where_cuda_is_used():
     assert [next(batches(Odd(), 2, rows=[0, 1], workers=w))["threads"].is_pinned() for w in (1, 0)] == [True, False]
 
 
-def test_a_wholly_broken_folder_is_an_error(tmp_path):
+def test_a_folder_without_any_readable_file_is_an_error(tmp_path):
     (tmp_path/"val"/"cat").mkdir(parents=True)
     for i in range(3): (tmp_path/"val"/"cat"/f"{i}.jpg").write_bytes(b"")
     data = open_dataset("imagefolder", tmp_path)
@@ -128,12 +135,14 @@ def square(x, y, side): return [[x, y, x+side, y, x+side, y+side, x, y+side]]
 
 @pytest.fixture
 def coco_folder(tmp_path):
-    "Official layout: 1 polygons and crowd, 2 RLE, 3 only a crowd, 4 nothing, 5 outside the crop, 6 no file."
-    (tmp_path/"annotations").mkdir(), (tmp_path/"val2017").mkdir()
+    "Official layout: 1 polygons and crowd, 2 RLE, 3 only a crowd, 4 no annotation, 5 outside the crop, 6 no file."
+    for name in ("annotations", "val2017"): (tmp_path/name).mkdir()
     images = [dict(id=i, file_name=f"{i}.jpg", width=80, height=40) for i in range(1, 7)]
     for i in range(1, 6): (tmp_path/"val2017"/f"{i}.jpg").write_bytes(jpeg(80, 40))
-    rle = np.zeros((40, 80), np.uint8); rle[10:20, 30:50] = 1
-    flat = rle.flatten(order="F"); edges = np.flatnonzero(np.diff(flat))+1
+    mask = np.zeros((40, 80), np.uint8)
+    mask[10:20, 30:50] = 1
+    flat = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(flat))+1
     counts = np.diff([0, *edges, flat.size]).tolist()
     crowd = dict(size=[40, 80], counts=[0, 3200])
     rows = [(1, square(25, 5, 10), 0), (1, square(30, 10, 10), 0), (1, crowd, 1), (3, crowd, 1),
@@ -152,12 +161,12 @@ def coco_folder(tmp_path):
 def test_coco_masks_are_unions_without_crowds(coco_folder):
     data = open_dataset("coco", coco_folder, size=40)
     assert list(data.names) == ["1.jpg", "2.jpg", "5.jpg", "6.jpg"] and data.classes == ["cat"]
-    assert data[0]["mask"].sum() == 100+100-25 and data[1]["mask"].sum() == 200   # crop: columns 20 to 60
+    assert data[0]["mask"].sum() == 100+100-25 and data[1]["mask"].sum() == 200  # crop: columns 20 to 60
     assert data[1]["mask"][10:20, 10:30].all()
-    seen = [i for b in batches(data, 4) for i in b["id"]]
-    assert seen == ["1.jpg", "2.jpg"] and sorted(data.skipped) == ["3.jpg", "4.jpg", "5.jpg", "6.jpg"]
+    ids = [i for b in batches(data, 4) for i in b["id"]]
+    assert ids == ["1.jpg", "2.jpg"] and sorted(data.skipped) == ["3.jpg", "4.jpg", "5.jpg", "6.jpg"]
     assert "no mask inside" in data.skipped["5.jpg"] and "FileNotFound" in data.skipped["6.jpg"]
-    assert open_dataset("coco", coco_folder, size=40, mode="squash")[2]["index"] == 2   # all in view
+    assert open_dataset("coco", coco_folder, size=40, mode="squash")[2]["index"] == 2  # all in view
 
 
 def test_coco_captions(coco_folder):
@@ -188,11 +197,14 @@ def imagenet_s_folder(tmp_path):
     for wnid in WNIDS[:50]: (masks/wnid).mkdir(parents=True)
     for k, name in ((0, "a"), (49, "b"), (49, "test_only")):
         rgb = np.zeros((40, 40, 3), np.uint8)
-        rgb[10:20], rgb[20:25], rgb[30:] = (k+1, 0, 0), (232, 3, 0), (k+2, 0, 0)   # own, ignore, other
+        rgb[10:20] = (k+1, 0, 0)  # its own class
+        rgb[20:25] = (232, 3, 0)  # ignore
+        rgb[30:] = (k+2, 0, 0)  # another class
         Image.fromarray(rgb).save(masks/WNIDS[k]/f"{name}.png")
     for k, name in ((0, "a"), (49, "b")):
         photos = tmp_path/"imagenet"/"ILSVRC2012_img_val"/WNIDS[k]
-        photos.mkdir(parents=True), (photos/f"{name}.JPEG").write_bytes(jpeg(40, 40))
+        photos.mkdir(parents=True)
+        (photos/f"{name}.JPEG").write_bytes(jpeg(40, 40))
     return tmp_path
 
 
@@ -226,7 +238,7 @@ def test_imagenet_names_are_unique():
     assert len(set(names)) == len(names) == 1000
     changed = {k: new for k, (old, new) in enumerate(zip(open_clip.IMAGENET_CLASSNAMES, names)) if old != new}
     assert changed == {744: "projectile, missile", 837: "sunglasses, dark glasses"}
-    assert len(class_prompts(names, IMAGENET_TEMPLATES)) == 1000   # it refuses duplicates
+    assert len(class_prompts(names, IMAGENET_TEMPLATES)) == 1000  # it refuses duplicates
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -243,7 +255,8 @@ def test_empty_class_folders_are_missing_data(tmp_path):
 
 
 def test_roots(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECLIP_DATA", "$SCRATCH/sets"), monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv("RECLIP_DATA", "$SCRATCH/sets")
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
     assert data_root("coco") == tmp_path/"sets"/"coco" and data_root("coco", "$SCRATCH/x") == tmp_path/"x"
     monkeypatch.delenv("RECLIP_DATA")
     assert data_root("coco").parts[-2:] == ("data", "coco")
@@ -262,10 +275,11 @@ def test_one_call_for_embedded_and_real_sets(folder):
     assert shapes[0]["image"].shape == real[0]["image"].shape == (3, 32, 32)
     other = open_dataset("shapes", **embedded | dict(seed=4))
     assert not torch.equal(shapes.images, other.images) and len(shapes) == 24
-    with pytest.raises(ValueError, match="32 pixels wide, not 48: choose"): open_dataset("shapes", **embedded | dict(size=48))
+    with pytest.raises(ValueError, match="32 pixels wide, not 48: choose"):
+        open_dataset("shapes", **embedded | dict(size=48))
 
 
-SCENES = {   # hash of what is exact; sums of the images by channel and quarter
+SCENES = {  # hash of everything that is exact; sums of the images by channel and quarter
     ("scenes", "train"): ("63bb31a296d08ed7", [5370311, 5288664, 5491149, 5296986, 5258622, 5290822,
                                                5089328, 5134411, 5067943, 5183851, 5033601, 5164864]),
     ("zero_shot", "val"): ("e2ea5828835504c6", [5437491, 5397510, 5362451, 5356117, 5184012, 5215668,
@@ -274,14 +288,16 @@ SCENES = {   # hash of what is exact; sums of the images by channel and quarter
 
 @pytest.mark.parametrize("kind, split", SCENES)
 def test_scenes_are_those_of_every_earlier_version(kind, split):
-    "Models and results of older runs belong to these very scenes."
+    "Models and results of older runs were made with exactly these scenes."
     data = ShapesDataset(World(train=72, per_class=3), split, 5, kind)
-    exact = [[(s.colour, s.pattern, s.outline, *(f"{v:.6f}" for v in (*s.centre, s.radius))) for s in shapes] for shapes in data.shapes]
+
+    def exact_of(s): return s.colour, s.pattern, s.outline, *(f"{v:.6f}" for v in (*s.centre, s.radius))
+    exact = [[exact_of(s) for s in shapes] for shapes in data.shapes]
     text = json.dumps([exact, data.captions, data.content.tolist()]).encode()
     sums = data.images.long().unflatten(3, (2, 24)).unflatten(2, (2, 24)).sum((0, 3, 5)).flatten()
     digest, expected = SCENES[kind, split]
     assert hashlib.sha256(text+data.instances.numpy().tobytes()).hexdigest()[:16] == digest
-    assert (sums-torch.tensor(expected)).abs().max() <= 20   # a last bit of a matrix product may tip a pixel by one
+    assert (sums-torch.tensor(expected)).abs().max() <= 20  # the last bit of a matrix product may change a pixel by one
 
 
 def test_data_sets_can_go_to_spawned_workers(coco_folder, folder):
@@ -292,9 +308,9 @@ def test_data_sets_can_go_to_spawned_workers(coco_folder, folder):
 def test_steps_over_shapes_resume():
     data = open_dataset("shapes", world=World(size=32, train=300), split="train")
     rows = lambda start: [b["index"].tolist() for _, b in step_batches(data, 64, 3, start, 10)]
-    whole, late = rows(0), rows(7)
-    assert whole[7:] == late
-    assert len(set(sum(whole[:4], []))) == 4*64   # 300 scenes: an epoch is 4 batches without repetition
+    uninterrupted = rows(0)
+    assert uninterrupted[7:] == rows(7)
+    assert len(set(sum(uninterrupted[:4], []))) == 4*64  # 300 scenes: an epoch has 4 batches without repetition
 
 
 @pytest.mark.sample
@@ -303,7 +319,7 @@ def test_all_coco_photographs(sample_data):
         data = open_dataset("coco", sample_data/"coco_ccby_small", split="all", mode=mode)
         share = torch.cat([b["mask"].float().mean((1, 2)) for b in batches(data, 26)])
         assert len(data) == len(share) == 104 and not data.skipped
-    assert .01 < share.min() and share.max() < .95   # of the whole photographs
+    assert .01 < share.min() and share.max() < .95  # of the whole photographs
     splits = [len(open_dataset("coco", sample_data/"coco_ccby_small", split=s)) for s in ("train", "val")]
     assert splits == [58, 46]
 

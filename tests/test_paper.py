@@ -1,4 +1,4 @@
-"The papers' numbers: their identities, and each cell against the papers' text where it is at hand."
+"The papers' numbers: their identities, and each cell compared with the papers' text if it is available."
 import dataclasses
 import os
 import re
@@ -53,7 +53,7 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(KeyError, match="re.table1, "): table("re.table0")
     with pytest.raises(KeyError, match="legrad"): tables("aft")
     with pytest.raises(KeyError, match="aft_code"): preset("aft")
-    with pytest.raises(ValueError, match="score"): table("re.table2").fractions
+    with pytest.raises(ValueError, match="score"): _ = table("re.table2").fractions
 
 
 def test_table4_average_is_the_mean_of_the_five_sets():
@@ -103,7 +103,7 @@ def test_presets():
     with pytest.raises(dataclasses.FrozenInstanceError): EPG_PAPER.w_s = 0
 
 
-# The papers' own text, where the files are at hand
+# The papers' own text, if the files are available
 
 PAPERS = Path(os.environ.get("RECLIP_PAPERS", Path(__file__).resolve().parents[2]/"shared"/"papers"))
 TITLES = {"re": "[Re] Boosting the Visual Interpretability", "legrad": "LeGrad: An Explainability Method"}
@@ -111,15 +111,15 @@ TITLES = {"re": "[Re] Boosting the Visual Interpretability", "legrad": "LeGrad: 
 
 @pytest.fixture(scope="module")
 def texts():
-    "Paper -> text. Skips when the folder (`$RECLIP_PAPERS`, default ../shared/papers) does not hold both."
+    "Paper -> text. Skips unless the folder (`$RECLIP_PAPERS`, default ../shared/papers) contains both."
     files = [p.read_text() for p in sorted(PAPERS.glob("*.txt"))]
-    found = {k: t for k, title in TITLES.items() for t in files if title in t[:200]}
-    if set(found) != set(TITLES): pytest.skip(f"no text of both papers in {PAPERS}")
-    return found
+    text_of = {k: t for k, title in TITLES.items() for t in files if title in t[:200]}
+    if set(text_of) != set(TITLES): pytest.skip(f"no text of both papers in {PAPERS}")
+    return text_of
 
 
 def printed_rows(text, n, caption_below):
-    "The purely numeric cells of each row of table n: [Re] sets captions above its tables, LeGrad below."
+    "The purely numeric cells of each row of table n; captions are above the tables in [Re], below them in LeGrad."
     lines = text.split("\n")
     at = next(i for i, l in enumerate(lines) if re.match(rf"Table {n}[.:] ", l))
     step = -1 if caption_below else 1
@@ -127,14 +127,16 @@ def printed_rows(text, n, caption_below):
     rows = []
     while lines[at + step].strip():
         at += step
-        rows.append([x for c in lines[at].split("\t") if (x := number(c.strip())) is not None])
+        numbers = [number(cell.strip()) for cell in lines[at].split("\t")]
+        rows.append([x for x in numbers if x is not None])
     return [r for r in rows[::step] if r]
 
 
 def number(cell):
     "A cell as a float, or None: 9.53, 0., 115/768, 15.0%, 31K, 1.28M."
     m = re.fullmatch(r"([\d.]*\d\.?)(/768|%|K|M)?", cell)
-    return m and round(float(m[1])*{"K": 1e3, "M": 1e6}.get(m[2], 1), 6)
+    if not m: return None
+    return round(float(m[1])*{"K": 1e3, "M": 1e6}.get(m[2], 1), 6)
 
 
 def typed_rows(t):
@@ -142,8 +144,8 @@ def typed_rows(t):
     return [[round(float(v), 6) for v in r if v == v] for r in t.frame[list(t.metrics)].to_numpy()]
 
 
-def holds(row, part):
-    "Whether `part` stands in `row` as a contiguous run."
+def contains(row, part):
+    "Whether `part` is a contiguous part of `row`."
     return any(row[i:i + len(part)] == part for i in range(len(row)))
 
 
@@ -155,10 +157,10 @@ def test_cells_equal_the_printed_table(texts, id):
     keys = [round(float(v), 6) for c in t.index if t.frame[c].dtype.kind in "if" for v in t.frame[c]]
     missing = Counter(sum(printed, [])) - Counter(sum(typed, [])) - Counter(keys)
     assert not missing, f"printed there, not typed here: {missing}"
-    beside = {"re.table1": 9, "legrad.table8": 4}.get(id, len(typed)) # two blocks printed side by side
-    for block in (typed[:beside], typed[beside:]):
-        rows = iter(printed) # consumed row by row, so that the order must agree too
-        for part in block: assert any(holds(r, part) for r in rows), f"typed here, not printed there: {part}"
+    left = {"re.table1": 9, "legrad.table8": 4}.get(id, len(typed))  # rows of the left of two blocks side by side
+    for block in (typed[:left], typed[left:]):
+        rows = iter(printed)  # consumed row by row, so that the order must agree too
+        for part in block: assert any(contains(r, part) for r in rows), f"typed here, not printed there: {part}"
 
 
 @pytest.mark.sample

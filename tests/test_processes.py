@@ -1,4 +1,5 @@
-"Training and evaluation in several processes: one process's numbers, a dead worker's error, and a run that goes on."
+"Training and evaluation in several processes: the numbers of one process, the error of a dead worker, and resumption."
+import itertools
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,35 +32,39 @@ CFG = FitConfig(steps=4, batch_size=16, lr=1e-3, warmup=1, accumulate=4)
 
 
 def opened(name):
-    "A run folder, for every process."
+    "Open a run folder in every process."
     with main_first():
         if main_process(): start_run("p", name, "train_aft", {})
     return Run(runs_root()/"p"/name)
 
 
 def fitted(name, epg=False, fault=None, cfg=CFG, **options):
-    "Fine-tune a tiny model in whatever processes there are; returns the loss terms of the log."
+    "Fine-tune a tiny model in all processes of the group; returns the loss terms of the log."
     torch.set_num_threads(1)
     student, run = load_clip("tiny-smoke", seed=0), opened(name)
     data = ShapesDataset(World(size=32, train=64), "train", seed=0)
     aft = AFT(student, frozen(student), Attack(steps=1, start="uniform"))
-    objective, calls = EPG(aft, .6) if epg else aft, iter(range(10**6))
+    objective = EPG(aft, .6) if epg else aft
+    calls = itertools.count()
 
-    def watched(*args):
+    def with_fault(*args):
         if fault: fault(next(calls))
         return objective(*args)
-    rows = fit(student.visual, watched, data, cfg, run, **options)
+    rows = fit(student.visual, with_fault, data, cfg, run, **options)
     if main_process(): save_visual(student, run/"visual.safetensors")
     barrier()
     return [{k: v for k, v in r.items() if k != "images_s"} for r in rows]
 
 
 def nan_message():
-    "What each process says of a gradient that is not finite in the share of the last one."
+    "Error message of each process if a gradient is not finite in the share of one process."
     run, net = opened("nan"), torch.nn.Linear(2, 1)
     data = [dict(image=torch.full((3, 2, 2), i/8), id=str(i)) for i in range(8)]
-    bad = lambda batch, _: dict(loss=(net(batch["image"])*(float("nan") if "0" in batch["id"] else 1)).mean())
-    with pytest.raises(FloatingPointError) as e: fit(net, bad, data, FitConfig(1, 8, 1e-3, accumulate=2), run)
+
+    def objective(batch, _):
+        factor = float("nan") if "0" in batch["id"] else 1
+        return dict(loss=(net(batch["image"])*factor).mean())
+    with pytest.raises(FloatingPointError) as e: fit(net, objective, data, FitConfig(1, 8, 1e-3, accumulate=2), run)
     return str(e.value)
 
 
@@ -66,22 +72,25 @@ def evaluated():
     "Localisation and robust accuracy of a tiny model, shared out in batches of 8 images."
     clip = load_clip("tiny-smoke", seed=0).eval()
     data = open_dataset("shapes", split="val", size=32, world="smoke", seed=0, kind="zero_shot")
-    local = lambda rows: localisation({"clip": clip}, masked_batches(clip, data, 8, 36, only=rows), ["simple_gradient", "random"])
+
+    def local(rows):
+        batches = masked_batches(clip, data, 8, 36, only=rows)
+        return localisation({"clip": clip}, batches, ["simple_gradient", "random"])
     f = ClipClassifier(clip, text_classifier(clip, prompts_of(data)))
     x = torch.stack([data[i]["image"] for i in range(20)])
-    with torch.no_grad(): y = f(x).argmax(1)   # an untrained model is right about nothing else
+    with torch.no_grad(): y = f(x).argmax(1)  # the model is untrained, so its own predictions serve as labels
     robust = lambda rows: robust_eval(f, x[rows], y[rows], [.5/255], ["apgd-ce"], n_iter=2, batch_size=8, ids=rows)
     report = joined_reports(sharded(robust, 20, 8))
     return joined_scores(sharded(local, 36, 8)), report.logits, report.status, report.card
 
 
 def everything():
-    "All that one launch can do."
+    "All computations of one launch."
     return dict(aft=fitted("aft"), epg=fitted("epg", epg=True), nan=nan_message(), evaluation=evaluated(), rank=rank())
 
 
 def die(call):
-    "The second process is killed in the last of its four steps, of two micro-batches each."
+    "Kill the second process in the last of its four steps, of two micro-batches each."
     if rank() == 1 and call == 7: os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -89,7 +98,7 @@ def killed(): return fitted("killed", fault=die, checkpoint_every=2)
 
 
 def resumed():
-    "Finish the run that was killed, then fail with an error."
+    "Finish the killed run, then raise an error in the second process."
     rows = fitted("killed", checkpoint_every=2)
     if rank() == 1: raise ValueError("a deliberate error")
     return rows
@@ -99,7 +108,7 @@ def resumed():
 def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv("RECLIP_RUNS", str(tmp_path_factory.mktemp("runs")))
-        m.setenv("PYTHONPATH", os.pathsep.join(sys.path))   # spawned processes find this file
+        m.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # spawned processes find this file
         yield runs_root()
 
 
@@ -131,33 +140,36 @@ def test_sharded_evaluation_is_the_evaluation(one, two):
     (scores, logits, status, card), (scores2, logits2, status2, card2) = one["evaluation"], two[1]["evaluation"]
     assert scores.keys() == scores2.keys() and torch.equal(logits, logits2)
     for k in scores:
-        for metric, v in scores[k].items(): torch.testing.assert_close(torch.tensor(scores2[k][metric]), torch.tensor(v), rtol=0, atol=0, equal_nan=True)
+        for metric, v in scores[k].items(): np.testing.assert_array_equal(scores2[k][metric], v)
     assert status.keys() == status2.keys() and all(torch.equal(status[k], status2[k]) for k in status)
-    assert 0 < (status[.5/255, "apgd-ce"] == STANDS).sum() < 20, "the attack tells images apart"
+    assert 0 < (status[.5/255, "apgd-ce"] == STANDS).sum() < 20, "the attack breaks some of the images"
     assert card == card2 and len(logits) == card["images"] == 20
 
 
 def test_accumulate_must_be_shared_evenly(runs):
     values, _ = notebook_defaults("train_aft")
-    with pytest.raises(ValueError, match="set accumulate to a multiple of 2"): train("train_aft", values | dict(processes=2, accumulate=3, batch_size=9))
+    with pytest.raises(ValueError, match="set accumulate to a multiple of 2"):
+        train("train_aft", values | dict(processes=2, accumulate=3, batch_size=9))
     assert not list(runs.glob("tiny")), "nothing was started"
 
 
-def test_killed_process_is_named_and_the_run_goes_on(runs, one):
-    "Killed, then resumed to the weights of the unbroken run; the error at its end is named too."
-    with pytest.raises(RuntimeError, match=r"process 1 of 2 ended: .*(?i:kill).*same command again") as e: launch(killed, (), 2, runs/"logs", "cpu")
+def test_killed_process_is_named_and_the_run_resumes(runs, one):
+    "A killed run resumes to the weights of the uninterrupted run; an error in a process is named too."
+    with pytest.raises(RuntimeError, match=r"process 1 of 2 ended: .*(?i:kill).*same command again") as e:
+        launch(killed, (), 2, runs/"logs", "cpu")
     log = Path(re.search(r"Its log is (\S+)\. ", str(e.value))[1])
     assert log.exists() and len(read_rows(Run(runs/"p"/"killed"))) == 3
-    with pytest.raises(RuntimeError, match="process 1 of 2 ended: ValueError: a deliberate error(?s:.*)Traceback"): launch(resumed, (), 2, runs/"logs", "cpu")
-    said = {f: f.read_text() for f in (runs/"logs").glob("*/attempt_0/*/stdout.log")}
-    assert len(said) == 4 and sum("resuming killed at step 2" in text for text in said.values()) == 2
+    with pytest.raises(RuntimeError, match="process 1 of 2 ended: ValueError: a deliberate error(?s:.*)Traceback"):
+        launch(resumed, (), 2, runs/"logs", "cpu")
+    outputs = [f.read_text() for f in (runs/"logs").glob("*/attempt_0/*/stdout.log")]
+    assert len(outputs) == 4 and sum("resuming killed at step 2" in text for text in outputs) == 2
     a, b = (load_file(f/"visual.safetensors") for f in (runs/"p2"/"aft", runs/"p"/"killed"))
     assert all(torch.equal(a[k], b[k]) for k in a), "bit for bit"
     assert len(read_rows(Run(runs/"p"/"killed"))) == CFG.steps
 
 
 def console_script(root, folder, name="reclip_train"):
-    "What pip makes of settings.ini."
+    "The console script that pip would create from settings.ini."
     config = ConfigParser(delimiters=["="])
     config.read(root/"settings.ini")
     entries = dict(e.split("=") for e in config["DEFAULT"]["console_scripts"].split())
@@ -170,15 +182,18 @@ def console_script(root, folder, name="reclip_train"):
 
 def test_torchrun_and_the_console_script(root, runs, tmp_path):
     save_clip(load_clip("tiny-smoke", seed=0), tmp_path/"clip.safetensors")
-    values = dict(study="console", world="smoke", model="tiny-smoke", pretrained=str(tmp_path/"clip.safetensors"), steps=2, warmup=1, batch_size=8,
-                  accumulate=2, probe=False, country="")
-    (tmp_path/"short.yaml").write_text(yaml.safe_dump(values))
+    values = dict(study="console", world="smoke", model="tiny-smoke", pretrained=str(tmp_path/"clip.safetensors"),
+                  steps=2, warmup=1, batch_size=8, accumulate=2, probe=False, country="")
+    settings = tmp_path/"short.yaml"
+    settings.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
-               str(console_script(root, tmp_path)), "train_aft", "-f", str(tmp_path/"short.yaml"), "-p", "name", "two", "-p", "device", "cpu"]
+               str(console_script(root, tmp_path)), "train_aft", "-f", str(settings),
+               "-p", "name", "two", "-p", "device", "cpu"]
     p = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-3000:]
     two = Run(runs/"console"/"two")
-    one = train("train_aft", checked_parameters("train_aft", [tmp_path/"short.yaml"], [("name", "one")]))
+    one = train("train_aft", checked_parameters("train_aft", [settings], [("name", "one")]))
     for a, b in zip(read_rows(one), read_rows(two), strict=True): assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
-    assert two.info["status"] == "finished" and two.info["protocol"]["processes"] == 2 and (two/"visual.safetensors").exists()
-    assert two.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-4) and not list(two.path.glob("checkpoint*"))
+    assert two.info["status"] == "finished" and two.info["protocol"]["processes"] == 2
+    assert (two/"visual.safetensors").exists() and not list(two.path.glob("checkpoint*"))
+    assert two.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-4)
