@@ -49,7 +49,7 @@ def _blocks(acts) -> Iterator:
     for k in range(0, len(acts), 64): yield acts[k:k + 64]
 
 def _by_unit(batches: Iterable, images: int) -> Iterator[np.ndarray]:
-    "Batches (B,N,...) as finite floats (N,B,values). Raises ValueError for NaN, infinity, and a wrong number of images."
+    "Batches (B,N,...) as finite floats (N,B,values). Raises ValueError for NaN, infinity or a wrong number of images."
     start = 0
     for batch in batches:
         values = np.asarray(batch)
@@ -156,7 +156,7 @@ class Dissection:
         return self._by_category(label) if by_category else len(label)
 
     def best(self) -> pd.DataFrame:
-        "One row per unit: its best label, the category of that label, the IoU, and the unit's threshold and area (pixels)."
+        "One row per unit: its best label with category and IoU, and the unit's threshold and area in pixels."
         iou, area = self.iou, self.total.unit_area
         rows = self.labels.iloc[iou.argmax(1)].reset_index(drop=True)
         return rows.assign(unit=range(len(iou)), iou=iou.max(1), threshold=self.thresholds, area=area)
@@ -195,8 +195,8 @@ def _check(plan: Plan, broden, scope: str):
     if scope not in SCOPES: raise ValueError(f"scope {scope!r}: choose one of {SCOPES}")
     if len(acts.shape) != 4: raise ValueError(f"activations must be (P,N,h,w), got {tuple(acts.shape)}")
     if len(acts) != len(broden):
-        raise ValueError(f"{len(acts)} rows of activations for {len(broden)} images; if they are for the whole index.csv, "
-                         "pass View(acts, broden.rows)")
+        raise ValueError(f"{len(acts)} rows of activations for {len(broden)} images; "
+                         "if they are for the whole index.csv, pass View(acts, broden.rows)")
     if np.shape(thresholds) != (acts.shape[1],) or not np.isfinite(thresholds).all():
         raise ValueError(f"thresholds must be {acts.shape[1]} finite numbers, one per unit; "
                          f"got shape {np.shape(thresholds)}")
