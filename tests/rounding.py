@@ -1,9 +1,9 @@
-"""Other machines: a classifier as one computes it that rounds otherwise, and an attack that follows its reference there.
+"""Machines that round otherwise: a classifier as they compute it, and an attack that follows its reference there.
 
-An attack takes the sign of a gradient, sorts logits and compares losses. Where such a decision lies within rounding of a
-switch, two machines go different ways, and every later number differs. The state of the attack is exact bookkeeping:
-rounding enters through the classifier alone. So a parting from a reference is one of rounding exactly if the same attack
-takes the reference's way on a classifier whose logits and gradients are off by a few units in the last place.
+An attack takes the sign of a gradient, sorts logits and compares losses. Where such a decision lies within rounding of
+a switch, two machines go different ways, and every later number differs. The state of the attack is exact bookkeeping:
+rounding enters through the classifier alone. So a parting from a reference is one of rounding exactly if the same
+attack takes the reference's way on a classifier whose logits and gradients are off by a few units in the last place.
 """
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -83,8 +83,8 @@ def followed(
     floor: Tensor, # the reference's best losses, less their tolerance, (B,)
     machines: int = MACHINES, # how many others are asked
 ) -> tuple[AttackResult, Tensor]:
-    """Holds an attack to its reference. An image that parts must take the reference's way, to the old bounds and to the end,
-    where nothing but rounding differs; a loss that is worse than the reference's must be so by rounding elsewhere too.
+    """Holds an attack to its reference. An image that parts must take the reference's way, to the old bounds and to the
+    end, where nothing but rounding differs; a loss worse than the reference's must be so by rounding elsewhere too.
     Returns the attack's own result and the images that part, (B,) bool."""
     here = attack(f)
     nearest, parted = here, torch.zeros(len(floor), dtype=torch.bool)
@@ -95,6 +95,7 @@ def followed(
         far, near = (sum(amount.double() for amount, _ in bounds(found).values()) for found in (nearest, there))
         nearest, parted = with_rows_of(nearest, there, near < far), parted | (near < far)
         worse = worse & (there.loss_best > here.loss_best+1e-4*here.loss_best.abs())
-    assert not exceeded(bounds(nearest)), f"no rounding leads from this attack to {exceeded(bounds(nearest))} of the reference"
+    missed = exceeded(bounds(nearest))
+    assert not missed, f"no rounding leads from this attack to {missed} of the reference"
     assert not worse.any(), f"images {worse.nonzero()[:, 0].tolist()} have a lower loss than any rounding explains"
     return here, parted

@@ -22,8 +22,8 @@ def decided(
     margin: float, # what they had to exceed
     seeds: int = 1, # of the study that is run again
 ) -> bool | None: # whether the mean of that study must exceed the margin; None: open
-    """Another machine rounds otherwise, so its trainings take another way, as those of another seed do. A finding is sure
-    where the recorded mean is farther from the margin than 19 of 20 new studies are from that mean (Student's t)."""
+    """Another machine rounds otherwise, so its trainings take another way, as those of another seed do. A finding is
+    sure where the recorded mean is farther from the margin than 19 of 20 new studies are from that mean (Student's t)."""
     n, scatter = len(values), stdev(values)
     bound = student.ppf(.95, n-1)*scatter*(1/n+1/seeds)**.5
     if abs(mean(values)-margin) <= max(bound, LEAST): return None

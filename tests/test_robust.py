@@ -101,11 +101,13 @@ class Case:
         if not self.exact:
             ratio = last/want["step_final"]
             near = torch.isclose(found.loss_best, want["loss_best"], rtol=1e-4, atol=0)
-            missed = dict(loss_best=(~near, 0), factor=((ratio != 1) & (ratio != 2) & (ratio != .5), 0), step_final=(ratio != 1, 1))
+            factor = (ratio != 1) & (ratio != 2) & (ratio != .5)
+            missed = dict(loss_best=(~near, 0), factor=(factor, 0), step_final=(ratio != 1, 1))
             if "x_best" in want: missed["x_best"] = self.other_entries(found.x_best), 1e-3*len(self.x)
             return missed
         def far(a, b, bound=1e-9): return ~((a-b).abs() <= bound)
-        missed = dict(losses=(images(far(found.trace["loss"], want["loss_steps"]).T), 0), step_final=(last != want["step_final"], 0),
+        missed = dict(losses=(images(far(found.trace["loss"], want["loss_steps"]).T), 0),
+                      step_final=(last != want["step_final"], 0),
                       loss_best=(far(found.loss_best, want["loss_best"]), 0))
         if "x_best" in want: missed["x_best"] = images(far(found.x_best, want["x_best"])), 0
         if "x_best_adv_f32" in want:
@@ -115,8 +117,9 @@ class Case:
         return missed
 
     def other_entries(self, best):
-        """Share of the entries of the best image that differ in single precision, (B,). Near the top an attack visits points
-        apart by rounding alone, whose losses are too: where the reference's best is such a point, last digits do not count."""
+        """Share of the entries of the best image that differ in single precision, (B,). Near the top an attack visits
+        points that rounding alone sets apart, as it does their losses: where the reference's best is such a point, last
+        digits do not count."""
         theirs = self.want["x_best"]
         ours, other = (self.loss(v) for v in (best, theirs))
         tied = (ours-other).abs() <= 16*torch.finfo(ours.dtype).eps*torch.maximum(ours.abs(), other.abs())
@@ -126,8 +129,8 @@ class Case:
 
 @pytest.mark.parametrize("name", CASES)
 def test_apgd(name):
-    """Every loss of every step, the final step sizes, the best images: masks alone are weak evidence. An image whose losses
-    part from the reference's by rounding has the reference's mask here, and all of its numbers where it is rounded alike."""
+    """Every loss of every step, the final step sizes, the best images: masks alone are weak evidence. An image that
+    parts from the reference by rounding has the reference's mask here, and all of its numbers where it is rounded alike."""
     case = Case(name)
     here, _ = followed(case.attack, case.f, case.bounds, case.floor)
     assert torch.equal(~here.broken, case.want["robust"])
@@ -136,7 +139,8 @@ def test_apgd(name):
 
 
 PARTING = {   # images that part where the rounding differs
-    "apgd_tiny_dlrt_clean_f64_e10_n10": [14], "apgd_tiny_ce_clean_f64_e14_n20": [8, 9], "apgd_tiny_dlrt_given_f64_e14_n20": [7],
+    "apgd_tiny_dlrt_clean_f64_e10_n10": [14], "apgd_tiny_ce_clean_f64_e14_n20": [8, 9],
+    "apgd_tiny_dlrt_given_f64_e14_n20": [7],
     "apgd_tiny_dlrt_given_f32_e14_n100": [1, 11, 13, 14, 15]}
 
 
