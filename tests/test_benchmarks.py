@@ -1,4 +1,4 @@
-"LeGrad's benchmarks: stored reference results, identities, and the cases in which nothing may divide by zero or pass in silence."
+"LeGrad's benchmarks: stored reference results, identities, undefined cases, and damaged files."
 import json
 import math
 from pathlib import Path
@@ -67,18 +67,21 @@ def test_perturbation_reference(reference, sign, order):
     meter.update(subject, z["rgb"], z["maps"], z["target"])
     out = meter.compute()
     np.testing.assert_allclose(out["curve"], z[f"e.{sign}.acc"], atol=1e-6)
-    assert out["value"] == pytest.approx(z[f"e.{sign}.auc"].item(), abs=1e-5) and (out["n"], out["undefined"], out["ties"]) == (6, 0, 0)
+    assert out["value"] == pytest.approx(z[f"e.{sign}.auc"].item(), abs=1e-5)
+    assert (out["n"], out["undefined"], out["ties"]) == (6, 0, 0)
     mean = P.perturbed_logits(subject, z["rgb"], z["maps"], order, fill="mean", mean=subject.model.mean)
     torch.testing.assert_close(mean, z[f"e.{sign}.fillmean.logits"], atol=2e-4, rtol=1e-4)
 
 
 def test_random_maps_lose_as_fast_in_both_orders(zero_shot, scenes):
     x, _ = scenes
-    seen = zero_shot(x).argmax(-1)      # the model's own answers: 100 % at the start
+    predicted = zero_shot(x).argmax(-1)  # used as labels: the accuracy starts at 100 %
     auc = {}
     for order in ("morf", "lerf"):
         meter = P.Perturbation(order)
-        for k in range(0, 48, 16): meter.update(zero_shot, x[k:k+16], torch.rand(16, 32, 32, generator=rng().manual_seed(k)), seen[k:k+16])
+        for k in range(0, 48, 16):
+            maps = torch.rand(16, 32, 32, generator=rng().manual_seed(k))
+            meter.update(zero_shot, x[k:k+16], maps, predicted[k:k+16])
         auc[order] = meter.compute()
     assert auc["morf"]["curve"][0] == 1 and abs(auc["morf"]["value"]-auc["lerf"]["value"]) < 12
     assert auc["morf"]["low"] < auc["lerf"]["high"] and auc["lerf"]["low"] < auc["morf"]["high"]
@@ -118,7 +121,10 @@ def test_linear_fill_is_the_sparse_system(scenes):
     for p in range(n):
         for q in range(n):
             d = np.array(divmod(p, 8))-np.array(divmod(q, 8))
-            if p != q and abs(d).max() == 1: a[p, p] += w[int(abs(d).sum())]; a[p, q] -= w[int(abs(d).sum())]
+            if p != q and abs(d).max() == 1:
+                weight = w[int(abs(d).sum())]
+                a[p, p] += weight
+                a[p, q] -= weight
     m = gone.flatten().numpy()
     for c in range(3):
         v = x[0, c].flatten().numpy().copy()
@@ -139,8 +145,8 @@ def test_ties_and_undefined_maps_are_counted(zero_shot, scenes):
 
 
 def test_class_agnostic_methods_have_equal_columns(zero_shot, scenes):
-    meters = P.perturbation(zero_shot, [(scenes[0][:12], scenes[1][:12])], {k: (k, {}) for k in ("random", "center", "gradcam")},
-                            fractions=(0, .4))
+    methods = {k: (k, {}) for k in ("random", "center", "gradcam")}
+    meters = P.perturbation(zero_shot, [(scenes[0][:12], scenes[1][:12])], methods, fractions=(0, .4))
     auc = {k: m.compute()["value"] for k, m in meters.items()}
     for method in ("random", "center"):
         for sign in ("negative", "positive"): assert auc[method, f"{sign}_predicted"] == auc[method, f"{sign}_target"]
@@ -149,16 +155,18 @@ def test_class_agnostic_methods_have_equal_columns(zero_shot, scenes):
 def test_a_classifier_explains_its_own_logits(scenes):
     net = load_classifier(classes=24, image_size=32, seed=0)
     subject, x = Subject("vit", net), scenes[0][:2].requires_grad_()
-    got = subject.maps(x.detach(), torch.tensor([[3], [5]]), {"sg": ("simple_gradient", {})}, normalize="none")["sg"][:, 0]
+    classes = torch.tensor([[3], [5]])
+    maps = subject.maps(x.detach(), classes, {"sg": ("simple_gradient", {})}, normalize="none")["sg"][:, 0]
     net(x)[[0, 1], [3, 5]].sum().backward()
-    torch.testing.assert_close(got, x.grad.abs().sum(1), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(maps, x.grad.abs().sum(1), atol=1e-6, rtol=1e-4)
     x.requires_grad_(False)
 
 
 def test_subjects_are_refused_where_classes_differ(tmp_path):
     from reclip_nb.models import save_classifier
     save_classifier(load_classifier(classes=5, image_size=32), tmp_path/"c.safetensors")
-    with pytest.raises(ValueError, match="5 classes, the data set 24"): open_subject("", f"tiny-vit@{tmp_path}/c.safetensors", prompts())
+    with pytest.raises(ValueError, match="5 classes, the data set 24"):
+        open_subject("", f"tiny-vit@{tmp_path}/c.safetensors", prompts())
     with pytest.raises(ValueError, match="no model 'vit_bose"): named_model("", "vit_bose_patch16@timm")
 
 
@@ -177,14 +185,16 @@ def test_points_of_masks_score_one(point_files):
     score = W.PointwiseMIoU()
     for i in range(len(data)):
         for k, points in data.points(i).items():
-            mask = torch.stack([m for s, m in scenes.objects(i) if f"{s.colour} {s.pattern} shape" == data.classes[k]]).any(0)
+            masks = [m for s, m in scenes.objects(i) if f"{s.colour} {s.pattern} shape" == data.classes[k]]
+            mask = torch.stack(masks).any(0)
             score.update(mask[None].float(), [points], [k])
     assert score.compute()["value"] == 1 and .3 < W.everything(data, range(len(data))) < .6
 
 
 @pytest.mark.parametrize("edit, message", [
     (lambda t: "", "is empty"), (lambda t: t.split("\n")[0], "no rows"), (lambda t: t[:-40], "line .* incomplete rows"),
-    (lambda t: t.replace("Label,", "Klass,", 1), r"no column \['Label'\]"), (lambda t: t.replace(",yes,", ",perhaps,", 1), "answer 'perhaps'"),
+    (lambda t: t.replace("Label,", "Klass,", 1), r"no column \['Label'\]"),
+    (lambda t: t.replace(",yes,", ",perhaps,", 1), "answer 'perhaps'"),
     (lambda t: t.replace(",0.", ",-0.", 1), "not in"), (lambda t: t.replace(",yes,", ",no,"), "no 'yes' among")])
 def test_damaged_points(point_files, edit, message):
     table(point_files).write_text(edit(table(point_files).read_text()))
@@ -202,13 +212,15 @@ def test_missing_point_files(point_files):
 
 
 def test_missing_photograph(point_files, zero_shot):
-    "Left out and listed, or an error on request; the others are scored all the same."
-    data = W.PointPhotos(point_files, 32)
+    "It is left out and listed, or raises an error on request; the other photographs are scored."
+    data, methods = W.PointPhotos(point_files, 32), {"center": ("center", {})}
     (point_files/"validation"/data.names[2]).unlink()
-    subject = Subject("clip", zero_shot.model, text_classifier(zero_shot.model, [[f"a photo of a {c}"] for c in data.classes]))
-    with pytest.warns(UserWarning, match="left out"): found = W.pointwise(subject, data, {"center": ("center", {})}, batch_size=5)
-    assert list(data.skipped) == [data.names[2]] and found["center"].compute()["n"] > 5
-    with pytest.raises(OSError, match="repair it"): W.pointwise(subject, W.PointPhotos(point_files, 32, on_error="raise"), {"center": ("center", {})})
+    weights = text_classifier(zero_shot.model, [[f"a photo of a {c}"] for c in data.classes])
+    subject = Subject("clip", zero_shot.model, weights)
+    with pytest.warns(UserWarning, match="left out"): scores = W.pointwise(subject, data, methods, batch_size=5)
+    assert list(data.skipped) == [data.names[2]] and scores["center"].compute()["n"] > 5
+    with pytest.raises(OSError, match="repair it"):
+        W.pointwise(subject, W.PointPhotos(point_files, 32, on_error="raise"), methods)
 
 
 # ---- FunnyBirds ---------------------------------------------------------------------------------------
@@ -219,22 +231,25 @@ def observed():
     parts, colour = BIRDS["parts"], list(BIRDS["part_colors"])
     assert all(tuple(v) == PART_COLOURS[k] for k, v in BIRDS["part_colors"].items())
     seen = []
-    for label, marks, removed, background in zip(BIRDS["class_idx"], BIRDS["label_map"], BIRDS["logits_removed"], BIRDS["logits_background_removed"]):
+    columns = [BIRDS[k] for k in ("class_idx", "label_map", "logits_removed", "logits_background_removed")]
+    for label, marks, removed, background in zip(*columns, strict=True):
         marks = np.array(marks)
         rgb = np.zeros((*marks.shape, 3), np.uint8)
         for k, name in enumerate(colour): rgb[marks == k+1] = PART_COLOURS[name]
         for k in range(BIRDS["n_background"]): rgb[marks == 100+k] = (204, 204, 204+k)
         names = ["+".join(p for b, p in enumerate(parts) if gone >> b & 1) or "none" for gone in range(32)]
         seen.append(F.Observation(label, torch.tensor([removed[n] for n in names], dtype=torch.float64),
-                                  torch.tensor(background, dtype=torch.float64), F.part_regions(rgb, parts, BIRDS["n_background"]),
-                                  F.minimal_sufficient_sets(BIRDS["classes"], label, parts), F.target_pair(BIRDS["classes"], label, parts)))
+                                  torch.tensor(background, dtype=torch.float64),
+                                  F.part_regions(rgb, parts, BIRDS["n_background"]),
+                                  F.minimal_sufficient_sets(BIRDS["classes"], label, parts),
+                                  F.target_pair(BIRDS["classes"], label, parts)))
     return seen, torch.from_numpy(np.load(FOLDER/"funnybirds_attr.npz")["attribution"])
 
 
 def test_part_importance_reference(observed):
     for seen, maps, want in zip(*observed, BIRDS["expected"]["part_importance_of_true_class"]):
-        got = F.part_importance(maps[seen.label][None], seen.regions)[0]
-        np.testing.assert_allclose(got[:5], [want[p] for p in BIRDS["parts"]], rtol=1e-5)
+        importance = F.part_importance(maps[seen.label][None], seen.regions)[0]
+        np.testing.assert_allclose(importance[:5], [want[p] for p in BIRDS["parts"]], rtol=1e-5)
 
 
 def test_minimal_sufficient_sets_reference():
@@ -242,9 +257,10 @@ def test_minimal_sufficient_sets_reference():
     sets = BIRDS["expected"]["minimal_sufficient_sets"]
     assert sets.pop("6") == [] and F.minimal_sufficient_sets(BIRDS["classes"], 6, BIRDS["parts"]) == [{0}, {3}, {4}]
     for label, want in sets.items():
-        look = BIRDS["classes"][int(label)]["parts"]
-        got = [{f"{BIRDS['parts'][p]}_{look[BIRDS['parts'][p]]}" for p in s} for s in F.minimal_sufficient_sets(BIRDS["classes"], int(label), BIRDS["parts"])]
-        assert sorted(map(sorted, got)) == sorted(map(sorted, want))
+        look, parts = BIRDS["classes"][int(label)]["parts"], BIRDS["parts"]
+        minimal = F.minimal_sufficient_sets(BIRDS["classes"], int(label), parts)
+        named = [{f"{parts[p]}_{look[parts[p]]}" for p in subset} for subset in minimal]
+        assert sorted(map(sorted, named)) == sorted(map(sorted, want))
 
 
 def test_co12_reference(observed):
@@ -259,19 +275,21 @@ def test_co12_reference(observed):
 
 
 def test_target_sensitivity_reference(observed):
-    "The stored value comes from the pair the published loop ends with where no two classes qualify; ours is undefined there."
+    "If no two classes qualify, the published loop uses the last pair that it tried; our score is undefined there."
     scores = []
-    for seen, maps in zip(*observed):
-        own = {k: [p for p, part in enumerate(BIRDS["parts"]) if c["parts"][part] == BIRDS["classes"][seen.label]["parts"][part]]
-               for k, c in enumerate(BIRDS["classes"])}
-        pair = seen.pair or tuple([(k, shared) for k, shared in own.items() if len(shared) == 2][-2:])
+    for seen, maps in zip(*observed, strict=True):
+        look = BIRDS["classes"][seen.label]["parts"]
+        shared = {k: [p for p, part in enumerate(BIRDS["parts"]) if c["parts"][part] == look[part]]
+                  for k, c in enumerate(BIRDS["classes"])}
+        pair = seen.pair or tuple([(k, parts) for k, parts in shared.items() if len(parts) == 2][-2:])
         importance = F.part_importance(maps[[pair[0][0], pair[1][0]]], seen.regions)[:, :5]
         scores.append(F.target_sensitivity(seen.logits, importance, pair))
     assert [s.pair is None for s in observed[0]] == [False, False, True, True, False]
-    assert np.nanmean(scores) == BIRDS["expected"]["target_sensitivity"] and np.isnan(scores).tolist() == [True, True, False, True, True]
+    assert np.nanmean(scores) == BIRDS["expected"]["target_sensitivity"]
+    assert np.isnan(scores).tolist() == [True, True, False, True, True]
 
 
-def test_negative_totals_make_nothing_absent_important(observed):
+def test_with_a_negative_total_zero_importance_is_not_important(observed):
     "The published rule would call every part important whose importance is 0."
     seen, maps = observed[0][0], -observed[1][0]
     scores = F.bird_scores(seen, maps[seen.asked])

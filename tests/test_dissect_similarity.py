@@ -9,7 +9,8 @@ from helpers import golden
 
 from reclip_nb.dissect import SIMILARITIES, alignment_summary, describe, similarity
 
-NAMES = dict(soft_wpmi="soft_wpmi", wpmi="wpmi", cos="cos_similarity", cos_cubed="cos_similarity_cubed", pearson="pearson")
+NAMES = dict(soft_wpmi="soft_wpmi", wpmi="wpmi", cos="cos_similarity", cos_cubed="cos_similarity_cubed",
+             pearson="pearson")
 TOLERANCE = {torch.float64: dict(soft_wpmi=1e-7, wpmi=1e-6, cos=1e-12, cos_cubed=1e-12, pearson=1e-12),
              torch.float32: dict(soft_wpmi=3e-4, wpmi=1e-4, cos=1e-6, cos_cubed=1e-6, pearson=1e-6)}
 FILES = pytest.mark.parametrize("file", ["defaults", "custom"])
@@ -18,7 +19,8 @@ FILES = pytest.mark.parametrize("file", ["defaults", "custom"])
 def load(file, dtype):
     "Golden arrays, their parameters, and the three inputs in a precision."
     g = golden("dissection", f"similarity_{file}.npz")
-    return g, json.loads(str(g["settings"])), [g[k].to(dtype) for k in ("target_feats", "image_features", "text_features")]
+    inputs = [g[k].to(dtype) for k in ("target_feats", "image_features", "text_features")]
+    return g, json.loads(str(g["settings"])), inputs
 
 
 def apart(got, want):
@@ -39,9 +41,9 @@ def test_golden(file, dtype, metric):
     if metric == "pearson": return      # the one score that CLIP-Dissect does not have
     assert torch.equal(got.argmax(1), g[f"{name}_best_id"])
     mean, lower, average = g[f"{name}_best_mean_median"].tolist()
-    told = alignment_summary(got, draws=2).set_index("statistic").value
+    summary = alignment_summary(got, draws=2).set_index("statistic").value
     for statistic, value in dict(mean=mean, median_lower=lower, median=average).items():
-        assert abs(told[statistic]-value) <= 3e-4       # the reference's own single precision
+        assert abs(summary[statistic]-value) <= 3e-4  # the reference is in single precision
 
 
 def test_golden_cubed_without_floor():
@@ -56,10 +58,10 @@ def test_golden_rank_reorder(file):
     got = similarity(*inputs, "rank_reorder", baseline=g["rank_reorder_baseline"], **settings["rank_reorder"])
     assert apart(got, g["rank_reorder_seed1234"]) <= 2e-6
     assert torch.equal(got.argmax(1), g["rank_reorder_seed1234_best_id"])
-    ours = similarity(*inputs, "rank_reorder", **settings["rank_reorder"])    # the expected baseline: no chance involved
-    rows = ours/got
-    assert torch.allclose(rows, rows[:, :1].expand_as(rows), rtol=1e-4), "one factor a neuron"
-    assert rows[:, 0].mean().sub(1).abs() < .1, "five permutations scatter around their expectation"
+    ours = similarity(*inputs, "rank_reorder", **settings["rank_reorder"])  # with the expected baseline: deterministic
+    ratio = ours/got
+    assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4), "one factor per neuron"
+    assert ratio[:, 0].mean().sub(1).abs() < .1, "five permutations scatter around their expectation"
 
 
 # ---- dense forms --------------------------------------------------------------------------------------------
@@ -101,7 +103,8 @@ def test_single_precision_and_half_precision_storage(metric):
     exact = dense(acts, images, texts, metric)
     assert apart(similarity(acts.float(), images.float(), texts.float(), metric), exact) <= 1e-4
     stored = acts.half()
-    assert apart(similarity(stored, images.float(), texts.float(), metric), dense(stored.double(), images, texts, metric)) <= 1e-4
+    of_stored = similarity(stored, images.float(), texts.float(), metric)
+    assert apart(of_stored, dense(stored.double(), images, texts, metric)) <= 1e-4
 
 
 def test_many_images_of_one_neuron_do_not_overflow():
@@ -181,7 +184,8 @@ def test_dead_neurons(metric):
 
 @pytest.mark.parametrize("change, words", [
     (lambda a, i, t: (a[:50], i[:50], t), "the top 100 of 50 images"),
-    (lambda a, i, t: (a.index_fill(0, torch.tensor([7]), torch.nan), i, t), "activations contain NaN .* first in row 7, column 0"),
+    (lambda a, i, t: (a.index_fill(0, torch.tensor([7]), torch.nan), i, t),
+     "activations contain NaN .* first in row 7, column 0"),
     (lambda a, i, t: (a, i.index_fill(1, torch.tensor([2]), torch.inf), t), "image embeddings contain NaN"),
     (lambda a, i, t: (a, i[:-1], t), "700 rows of activations for 699 images"),
     (lambda a, i, t: (a, i, t[:, :-1]), "image embeddings are 24 wide, concepts 23"),

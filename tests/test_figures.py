@@ -1,4 +1,4 @@
-"Figures: labels, undefined maps, refused shapes, nothing left behind in matplotlib."
+"Figures: labels, undefined maps, refused shapes, no side effects in matplotlib."
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +16,8 @@ def images(): return torch.rand(3, 3, 16, 12, generator=torch.Generator().manual
 @pytest.fixture
 def masks():
     m = torch.zeros(3, 16, 12, dtype=torch.bool)
-    m[0, 4:9, 3:8], m[1] = True, True # an object, the whole image, nothing
+    m[0, 4:9, 3:8] = True  # an object
+    m[1] = True  # the whole image; the third mask stays empty
     return m
 
 

@@ -102,7 +102,7 @@ def test_average_precision_equals_sklearn(rng, dtype, levels):
     s, m = random_pair(rng)
     s = (s*(levels or 1000)).floor().to(dtype) if levels or dtype == torch.int32 else s.to(dtype)
     m[0] = False # undefined sample in the middle of a batch
-    expected = [np.nan if not b.any() else average_precision_score(b.flatten(), a.double().flatten()) for a, b in zip(s, m)]
+    expected = [average_precision_score(b.flatten(), a.double().flatten()) if b.any() else np.nan for a, b in zip(s, m)]
     same(M.average_precision(s, m), expected)
 
 
@@ -176,10 +176,12 @@ def test_hit_zone_equals_a_search_over_all_pixels(rng, shape, tolerance):
         mask = torch.rand(shape, generator=rng) < share
         near = (torch.cdist(at, at[mask.flatten()], compute_mode="donot_use_mm_for_euclid_dist") < tolerance).any(1)
         expected = near.double() if mask.any() else torch.full((len(at),), torch.nan)
-        for ties in ("first", "any", "mean"): same(M.pointing_game(spots, mask.expand_as(spots), tolerance, ties), expected)
+        for ties in ("first", "any", "mean"):
+            same(M.pointing_game(spots, mask.expand_as(spots), tolerance, ties), expected)
         if mask.any():
-            flat = [M.pointing_game(torch.ones(1, *shape), mask[None], tolerance, ties).item() for ties in ("first", "any", "mean")]
-            same(flat, [near[0], near.any(), near.double().mean()])
+            constant = torch.ones(1, *shape)
+            for ties, value in (("first", near[0]), ("any", near.any()), ("mean", near.double().mean())):
+                same(M.pointing_game(constant, mask[None], tolerance, ties), value)
 
 
 # corner cases and interfaces

@@ -1,4 +1,4 @@
-"Remove and retrain: golden masks, fillings against other implementations, faults, a run that was killed, real photographs."
+"Remove and retrain: golden masks, fills against other implementations, faults, an interrupted run, real photographs."
 import json
 
 import numpy as np
@@ -34,7 +34,8 @@ GOLDEN = golden("robust", "roar_masks.npz")
 def test_golden_masks_and_images(k):
     mask = removal_mask(GOLDEN["maps"], k, "index")
     assert torch.equal(mask, GOLDEN[f"removed_{k}"]) and removal_count(k, 72) == GOLDEN[f"n_{k}"]
-    torch.testing.assert_close(apply_removal(GOLDEN["images"], mask, "mean", GOLDEN["mean"]), GOLDEN[f"filled_{k}"], rtol=0, atol=1e-12)
+    filled = apply_removal(GOLDEN["images"], mask, "mean", GOLDEN["mean"])
+    torch.testing.assert_close(filled, GOLDEN[f"filled_{k}"], rtol=0, atol=1e-12)
 
 
 def test_count_is_exact_for_every_percentage():
@@ -47,33 +48,37 @@ def test_count_is_exact_for_every_percentage():
 def test_masks_are_exact_nested_and_hottest_first(unit, ties):
     g = torch.Generator().manual_seed(0)
     maps = torch.randint(6, (20, 7, 9) if unit == "pixel" else (20, 3, 7, 9), generator=g).float()   # many ties
-    masks = [removal_mask(maps, k, ties, unit) for k in (0, 10, 55, 100)]
-    assert [int(m.flatten(1).sum(1).unique()) for m in masks] == [removal_count(k, maps[0].numel()) for k in (0, 10, 55, 100)]
+    ks = (0, 10, 55, 100)
+    masks = [removal_mask(maps, k, ties, unit) for k in ks]
+    assert [int(m.flatten(1).sum(1).unique()) for m in masks] == [removal_count(k, maps[0].numel()) for k in ks]
     for small, large in zip(masks, masks[1:]): assert not (small & ~large).any()
-    for m in masks[1:3]: assert all(v[kept].max() <= v[~kept].min() for v, kept in zip(maps, ~m))
+    for mask in masks[1:3]:
+        assert all(values[~gone].max() <= values[gone].min() for values, gone in zip(maps, mask, strict=True))
 
 
 def test_random_ties_do_not_prefer_a_place_and_follow_the_generator():
     maps = torch.zeros(400, 6, 6)
     share = removal_mask(maps, 75).double().mean(0)
     assert (share-.75).abs().max() < .1
-    assert removal_mask(maps, 75, "index")[:, -1].sum() < removal_mask(maps, 75)[:, -1].sum(), "reading order spares the bottom"
+    bottom = removal_mask(maps, 75)[:, -1].sum()
+    assert removal_mask(maps, 75, "index")[:, -1].sum() < bottom, "reading order spares the bottom"
     draw = lambda seed: removal_mask(maps, 75, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
 def test_linear_filling_is_harmonic():
     g = torch.Generator().manual_seed(0)
-    x, hole = torch.rand(4, 3, 16, 20, generator=g, dtype=torch.float64), torch.rand(4, 16, 20, generator=g) < torch.tensor([.25, .5, .75, .95])[:, None, None]
+    x = torch.rand(4, 3, 16, 20, generator=g, dtype=torch.float64)
+    hole = torch.rand(4, 16, 20, generator=g) < torch.tensor([.25, .5, .75, .95])[:, None, None]
     filled = linear_fill(x, hole, tol=1e-12)
     assert torch.equal(filled[~hole[:, None].expand_as(x)], x[~hole[:, None].expand_as(x)])
     w = np.array([[1, 2, 1], [2, 0, 2], [1, 2, 1]])/12
     around = lambda v: convolve(v, w, mode="constant")
-    own = around(filled[3, 1].numpy())/around(np.ones((16, 20)))
-    np.testing.assert_allclose(filled[3, 1].numpy()[hole[3]], own[hole[3]], atol=1e-9)
+    neighbour_mean = around(filled[3, 1].numpy())/around(np.ones((16, 20)))
+    np.testing.assert_allclose(filled[3, 1].numpy()[hole[3]], neighbour_mean[hole[3]], atol=1e-9)
 
 
-def test_noise_lies_on_removed_pixels_alone():
+def test_noise_is_added_to_removed_pixels_only():
     x = torch.full((2, 3, 24, 24), .5)
     hole = removal_mask(torch.rand(2, 24, 24, generator=torch.Generator().manual_seed(0)), 50)
     noisy = apply_removal(x, hole, "noisy_linear", noise=.01)
@@ -95,43 +100,54 @@ LEFT = lambda s: torch.arange(16.).flip(0).expand(len(s), 16, 16)   # the class 
 RIGHT = lambda s: torch.arange(16.).expand(len(s), 16, 16)
 
 
-def test_the_better_map_falls_faster_and_a_killed_run_goes_on(tmp_path, monkeypatch):
+def test_the_better_map_falls_faster_and_an_interrupted_run_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIP_RUNS", str(tmp_path))
     train, val = splits()
     maps = {("edge", "good"): (LEFT(train), LEFT(val)), ("edge", "bad"): (RIGHT(train), RIGHT(val))}
     run, calls = start_run("halves", "roar", "roar", {}), []
-    go = lambda seeds=(0, 1): roar_run(run, "halves", train, val, maps, (50,), seeds, (0,), recipe=SHORT)
+    train_all = lambda seeds=(0, 1): roar_run(run, "halves", train, val, maps, (50,), seeds, (0,), recipe=SHORT)
+    stored = lambda: len((run/"trainings.jsonl").read_text().splitlines())
 
-    def killed(*args, **kwargs):
+    def interrupted(*args, **kwargs):
         if len(calls) == 4: raise KeyboardInterrupt
         calls.append(1)
         return retrain(*args, **kwargs)
 
-    monkeypatch.setattr("reclip_nb.benchmarks.roar.trainings.retrain", killed)
-    with pytest.raises(KeyboardInterrupt): go()
-    assert len((run/"trainings.jsonl").read_text().splitlines()) == 4
-    calls.append("no more kills")
-    rows = go()
-    assert len(rows) == 2+3*3 == len((run/"trainings.jsonl").read_text().splitlines()) == len(calls)-1
-    assert go() == rows and len(calls) == len(rows)+1, "everything is there: nothing is trained"
-    assert len(go((0, 1, 2))) == len(rows)+1+3 == len(calls)-1, "a third seed adds its own trainings"
+    monkeypatch.setattr("reclip_nb.benchmarks.roar.trainings.retrain", interrupted)
+    with pytest.raises(KeyboardInterrupt): train_all()
+    assert stored() == 4
+    calls.append("no further interruption")
+    rows = train_all()
+    assert len(rows) == 2+3*3 == stored() == len(calls)-1
+    assert train_all() == rows and len(calls) == len(rows)+1, "finished trainings are reused"
+    assert len(train_all((0, 1, 2))) == len(rows)+1+3 == len(calls)-1, "a third seed adds trainings"
     table = roar_table(rows, [("good", "bad"), ("good", "random")]).set_index(["model", "metric"])
-    assert table.loc[("none", "accuracy@0"), "mean"] == 1 and table.loc[("good", "accuracy@50"), "mean"] < .7 < table.loc[("bad", "accuracy@50"), "mean"]
+    means = table["mean"]
+    assert means["none", "accuracy@0"] == 1
+    assert means["good", "accuracy@50"] < .7 < means["bad", "accuracy@50"]
     difference = table.loc[("good - bad", "area difference")]
-    assert difference.high < 0 and difference["mean"] == pytest.approx(table.loc[("good", "area"), "mean"]-table.loc[("bad", "area"), "mean"])
+    assert difference.high < 0
+    assert difference["mean"] == pytest.approx(means["good", "area"]-means["bad", "area"])
     assert all(table.chance == 1/3) and all(hits_of(r).mean() == r["accuracy"] for r in rows)
 
 
-def test_rows_of_other_maps_or_settings_are_not_taken_over(tmp_path, monkeypatch):
+def test_rows_of_other_maps_or_settings_are_not_reused(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIP_RUNS", str(tmp_path))
     train, val = splits(48)
     run = start_run("halves", "roar", "roar", {})
-    one = Retraining(epochs=1, batch_size=8, warmup=0, milestones=())
-    go = lambda make, **kw: roar_run(run, "halves", train, val, {("edge", "m"): (make(train), make(val))}, (50,), (0,), (), **(dict(recipe=one) | kw))
-    first = {r["key"] for r in go(LEFT)}
-    assert len(first & {r["key"] for r in go(RIGHT)}) == 2, "the whole images and random pixels are shared"
-    assert not first & {r["key"] for r in go(LEFT, removal=Removal("image_mean"))}
-    assert not first & {r["key"] for r in go(LEFT, recipe=Retraining(epochs=2, batch_size=8, warmup=0, milestones=()))}
+    one_epoch = Retraining(epochs=1, batch_size=8, warmup=0, milestones=())
+    two_epochs = Retraining(epochs=2, batch_size=8, warmup=0, milestones=())
+
+    def keys(make_maps, **options):
+        "Keys of the trainings with one map."
+        maps = {("edge", "m"): (make_maps(train), make_maps(val))}
+        rows = roar_run(run, "halves", train, val, maps, (50,), (0,), (), **(dict(recipe=one_epoch) | options))
+        return {row["key"] for row in rows}
+
+    first = keys(LEFT)
+    assert len(first & keys(RIGHT)) == 2, "the whole images and random pixels are shared"
+    assert not first & keys(LEFT, removal=Removal("image_mean"))
+    assert not first & keys(LEFT, recipe=two_epochs)
 
 
 def test_constant_maps_are_counted_and_nan_maps_refused():
@@ -147,7 +163,8 @@ def test_constant_maps_are_counted_and_nan_maps_refused():
 
 def test_static_maps_explain_the_predicted_class_once(tmp_path):
     clip = load_clip("tiny-smoke", seed=0)
-    data = Split(torch.randint(256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8), torch.tensor([1, 0, 2, 1, 0]))
+    images = torch.randint(256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = Split(images, torch.tensor([1, 0, 2, 1, 0]))
     weights = torch.nn.functional.normalize(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
     maps = static_maps(tmp_path, clip, data, weights, {"simple_gradient": {}}, batch_size=2)["simple_gradient"]
     whole = next(split_maps(clip, data, weights, {"simple_gradient": {}}))["simple_gradient"]
@@ -172,9 +189,12 @@ def test_a_probe_reads_the_features_of_any_network(network):
 @pytest.mark.sample
 def test_on_cifar10(root, tmp_path):
     "Real photographs through the notebook, with the tiny architecture untrained."
-    save_clip(load_clip("tiny-cifar", words=["a", "photo", "of", *"airplane automobile bird cat deer dog frog horse ship truck".split()]), tmp_path/"c.safetensors")
-    papermill(root, tmp_path, "roar", "-f", "configs/sample/roar.yaml", "-p", "pretrained", tmp_path/"c.safetensors", "-y", "models: [clip]", "-y", "ks: [50]",
-              "-p", "limit", 400, "-p", "retrainings", 1, "-p", "epochs", 4, "-y", "milestones: [3]")
+    words = "a photo of airplane automobile bird cat deer dog frog horse ship truck".split()
+    weights = tmp_path/"c.safetensors"
+    save_clip(load_clip("tiny-cifar", words=words), weights)
+    papermill(root, tmp_path, "roar", "-f", "configs/sample/roar.yaml", "-p", "pretrained", weights,
+              "-y", "models: [clip]", "-y", "ks: [50]", "-p", "limit", 400,
+             "-p", "retrainings", 1, "-p", "epochs", 4, "-y", "milestones: [3]")
     rows = metrics(tmp_path, "sample/cifar", "roar")["table"]
     whole = next(r for r in rows if r["metric"] == "accuracy@0")
     assert whole["mean"] > .13 and whole["n"] == 400 and whole["chance"] == .1

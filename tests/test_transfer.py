@@ -1,4 +1,4 @@
-"Maps on images and tasks that the fine-tuning never saw: scenes from elsewhere, real medical images, scores without masks."
+"Maps on images and tasks that the fine-tuning never saw: out-of-distribution scenes, medical images, no masks."
 import numpy as np
 import pytest
 import torch
@@ -33,8 +33,9 @@ def test_kinds_share_no_scene():
     assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
 
 
-@pytest.mark.parametrize("maps, want", [(torch.ones(1, 10, 10), .2), (torch.eye(10)[None]-.5, 1), (torch.eye(20)[None], 1),
-                                        (torch.arange(100.).view(1, 10, 10), np.arange(80, 100).sum()/np.arange(100).sum())])
+@pytest.mark.parametrize("maps, want", [
+    (torch.ones(1, 10, 10), .2), (torch.eye(10)[None]-.5, 1), (torch.eye(20)[None], 1),
+    (torch.arange(100.).view(1, 10, 10), np.arange(80, 100).sum()/np.arange(100).sum())])
 def test_concentration(maps, want): assert concentration(maps).item() == pytest.approx(want)
 
 
@@ -52,10 +53,11 @@ def test_colours_of_the_largest_object():
         assert others.any() and data[i]["mask"].sum() >= torch.bincount(others.flatten().long())[1:].max()
 
 
-def test_an_image_without_anything_to_say():
-    class Bare:
+def test_an_image_without_a_text_is_refused():
+    class Unlabelled:
         def __len__(self): return 1
-    with pytest.raises(ValueError, match="label, COCO categories or a caption"): text_source(load_clip("tiny-smoke"), Bare())
+    with pytest.raises(ValueError, match="label, COCO categories or a caption"):
+        text_source(load_clip("tiny-smoke"), Unlabelled())
 
 
 @pytest.mark.sample
@@ -64,8 +66,10 @@ def test_real_images_from_elsewhere(sample_data):
     clips = dict(clip=load_clip("tiny", seed=0, words=WORDS_OF_MEDICINE))
     clips["aft4"] = frozen(load_clip("tiny", seed=1))
     folders = dict(isic="isic2017", kvasir="kvasir", chest_xray="chest_xray")
-    sets = {name: open_dataset(name, sample_data/"ood_medical"/folder, split="all", size=48) for name, folder in folders.items()}
-    scores = {name: {m: transfer_scores(c, masked_batches(clips["clip"], data, 4, 6)) for m, c in clips.items()} for name, data in sets.items()}
+    sets = {name: open_dataset(name, sample_data/"ood_medical"/folder, split="all", size=48)
+            for name, folder in folders.items()}
+    scores = {name: {m: transfer_scores(c, masked_batches(clips["clip"], data, 4, 6)) for m, c in clips.items()}
+              for name, data in sets.items()}
     table, gains = transfer_table(scores), gain_table(scores)
     n = table[table.model == "clip"].set_index(["data", "metric"]).n
     assert n["isic"].to_dict() == dict(concentration=6) and n["chest_xray"].to_dict() == dict(concentration=1)

@@ -2,9 +2,9 @@
 
     python tests/bench/dissect.py [--images 12000] [--concepts 20000] [--full 63305] [--json FILE]
 
-"dense" implementations are written below from the formulas: the images x concepts matrix is made, then used. Runs alternate;
-times are process seconds, ratios are of minima and of medians. Memory is the highest resident set of a process of its own:
-`extra` above the loaded inputs, `data` with them, `total` also with the interpreter and the libraries."""
+The "dense" implementations below follow the formulas: they compute the whole images x concepts matrix first. Runs
+alternate; times are process seconds, ratios are of minima and of medians. Memory is the peak resident set of a separate
+process: `extra` above the loaded inputs, `data` with them, `total` also with the interpreter and the libraries."""
 import argparse
 import importlib.metadata
 import json
@@ -23,7 +23,8 @@ from machine import machine
 
 METRICS = ("soft_wpmi", "wpmi", "cos", "cos_cubed", "pearson")
 NEURONS, WIDTH = 768, 512                   # of ViT-B/16
-LINE = "ours {ours:6.2f} s  dense {dense:6.2f} s  ratio {ratio:5.1f} (median {ratio_median:5.1f})  extra memory {memory}"
+LINE = ("ours {ours:6.2f} s  dense {dense:6.2f} s  ratio {ratio:5.1f} (median {ratio_median:5.1f})  "
+        "extra memory {memory}")
 
 
 # ---- dense implementations ----------------------------------------------------------------------------------
@@ -102,7 +103,8 @@ def work(images, concepts):
 class Worker:
     "A process with the inputs loaded; `ask` runs one case in it."
     def __init__(self, images, concepts):
-        command = [sys.executable, str(Path(__file__).resolve()), "--work", "--images", str(images), "--concepts", str(concepts)]
+        command = [sys.executable, str(Path(__file__).resolve()), "--work",
+                   "--images", str(images), "--concepts", str(concepts)]
         self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, metric, dense=False):
@@ -141,7 +143,8 @@ def alone(metric, images, concepts):
     worker = Worker(images, concepts)
     answer = worker.ask(metric)
     worker.close()
-    return dict(metric=metric, seconds=answer["seconds"], **{f"{k}_mb": answer.get(k) for k in ("extra", "data", "total")})
+    memory = {f"{k}_mb": answer.get(k) for k in ("extra", "data", "total")}
+    return dict(metric=metric, seconds=answer["seconds"], **memory)
 
 
 def setting():

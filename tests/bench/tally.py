@@ -1,4 +1,4 @@
-"""Time of the network-dissection tally against the same counts from full-resolution maps: 768 units, 14x14 -> 112x112, one thread.
+"""Time of the network-dissection tally against full-resolution maps: 768 units, 14x14 -> 112x112, one thread.
 
     python tests/bench/tally.py [--images N] [--json FILE]
 
@@ -24,13 +24,15 @@ from PIL import Image
 
 UNITS, GRID, SIZE = 768, 14, 112
 ACTIVE = (.07, .22, .45)          # shares of (image, unit) pairs above the threshold
-PLANES = dict(color=(1, 11, 14), object=(12, 40, 8), part=(52, 40, 9), part_2=(52, 40, 9), material=(92, 15, 6))  # first, labels, cells
+PLANES = dict(color=(1, 11, 14), object=(12, 40, 8), part=(52, 40, 9), part_2=(52, 40, 9),
+              material=(92, 15, 6))  # first label, number of labels, cells
 WHOLE = dict(scene=(107, 60), texture=(167, 47))
 
 
 def smooth(rng, levels, cells):
     "A patchwork of `levels` values at the size of the masks."
-    fields = F.interpolate(torch.from_numpy(rng.standard_normal((1, levels, cells, cells))), (SIZE, SIZE), mode="bilinear")
+    noise = torch.from_numpy(rng.standard_normal((1, levels, cells, cells)))
+    fields = F.interpolate(noise, (SIZE, SIZE), mode="bilinear")
     return fields[0].argmax(0).numpy()
 
 
@@ -44,12 +46,14 @@ def write_folder(root, images, rng):
         for plane, (first, count, cells) in PLANES.items():
             chosen = first+rng.permutation(count)[:min(count, 8)]
             number = chosen[smooth(rng, len(chosen), cells)]
-            number[smooth(rng, 2, 4) == 1] *= plane == "color"            # parts of the image are unlabelled, but for colour
+            number[smooth(rng, 2, 4) == 1] *= plane == "color"  # parts of the image have a colour label only
             names[plane] = f"{i}_{plane}.png"
-            Image.fromarray(np.stack([number % 256, number//256, 0*number], -1).astype(np.uint8)).save(root/"images"/names[plane])
+            rgb = np.stack([number % 256, number//256, 0*number], -1).astype(np.uint8)
+            Image.fromarray(rgb).save(root/"images"/names[plane])
         whole = [str(first+rng.integers(count)) for first, count in WHOLE.values()]
         part = f"{names['part']};{names['part_2']}"
-        rows.append(",".join([f"{i}.jpg,train,{2*SIZE},{2*SIZE},{SIZE},{SIZE}", names["color"], names["object"], part, names["material"], *whole]))
+        rows.append(",".join([f"{i}.jpg,train,{2*SIZE},{2*SIZE},{SIZE},{SIZE}",
+                              names["color"], names["object"], part, names["material"], *whole]))
     labels = {c: range(f, f+k) for c, (f, k, *_) in {**PLANES, **WHOLE}.items() if c != "part_2"}
     (root/"index.csv").write_text("\n".join(rows)+"\n")
     (root/"category.csv").write_text("name\n"+"".join(f"{c}\n" for c in labels))
@@ -63,7 +67,8 @@ def activations(images, rng):
     x = np.arange(GRID)
     blur = np.exp(-(x[:, None]-x)**2/2/1.2**2)
     blur /= np.sqrt((blur**2).sum(1, keepdims=True))
-    acts = blur @ rng.standard_normal((images, UNITS, GRID, GRID)) @ blur.T + .8*rng.standard_normal((images, UNITS, 1, 1))
+    acts = blur @ rng.standard_normal((images, UNITS, GRID, GRID)) @ blur.T
+    acts += .8*rng.standard_normal((images, UNITS, 1, 1))
     return (np.round(acts*256)/256).astype(np.float32)
 
 
@@ -139,10 +144,12 @@ def main(args):
         decode = min(seconds(lambda: [broden.concepts(i) for i in range(args.images)])[0] for _ in range(3))
         for share in ACTIVE:
             rows.append(compare(acts, broden, share, args.repeats))
-            print("{active_pairs:4.0%} active  ours {ours_ms:6.2f} ms an image  dense {dense_ms:6.2f} ({ratio_dense:.1f}x)  "
+            print("{active_pairs:4.0%} active  ours {ours_ms:6.2f} ms per image  "
+                  "dense {dense_ms:6.2f} ({ratio_dense:.1f}x)  "
                   "active units only {active_ms:6.2f} ({ratio_active:.1f}x)".format(**rows[-1]))
     if args.json:
-        what = f"process milliseconds an image, mask decoding included; {UNITS} units, {GRID}x{GRID} -> {SIZE}x{SIZE}, six categories"
+        what = (f"process milliseconds per image, mask decoding included; "
+                f"{UNITS} units, {GRID}x{GRID} -> {SIZE}x{SIZE}, six categories")
         result = dict(what=what, machine=setting(), images=args.images, decoding_ms=1000*decode/args.images, rows=rows)
         short = json.loads(json.dumps(result), parse_float=lambda v: round(float(v), 3))
         Path(args.json).write_text(json.dumps(short, indent=1)+"\n")
