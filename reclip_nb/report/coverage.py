@@ -67,7 +67,7 @@ def _table(id: str, studies: list[Study], summary: pd.DataFrame) -> tuple[str, s
     status = "measured" if found.all() else "partly measured" if found.any() else "not measured"
     reason = f"{found.sum()} of {len(cells)} published cells have a counterpart" + f", on {', '.join(on)}"*bool(on)
     if status == "partly measured" and (none := lacking(id, cells)):
-        reason += f"; none for {none}" + f": {EMBEDDED.get(id, '')}"*(id in EMBEDDED and studies[0].parts["preset"] == "tiny")
+        reason += f"; none for {none}" + f": {EMBEDDED.get(id, '')}"*(id in EMBEDDED and studies[0].identity["preset"] == "tiny")
     return status, reason
 
 # %% ../../nbs/api/report/coverage.ipynb #84ede24b

@@ -16,8 +16,9 @@ from ..benchmarks.metrics import METRICS
 from ..paper import EXPERIMENTS, table
 from .assemble import _distinct
 from .dual import dual_table
-from .measured import MODELS, PROBE
+from .measured import MODELS
 from .rules import LABELS, difference
+from ..study.rows import PROBE
 
 # %% ../../nbs/api/report/pages.ipynb #b9e5a47e
 def percent(

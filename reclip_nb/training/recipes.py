@@ -24,6 +24,7 @@ from ..objectives.epg import EPG
 from ..study.files import runs_root
 from ..study.graph import ensure_runs, study_name
 from ..study.processes import launch, main_first, main_process
+from ..study.rows import training_rows
 from ..study.runs import Run, finish_run, load_run, read_rows, setup, start_run
 from .checkpoints import drop_checkpoints
 from .energy import energy_meter, energy_used
@@ -132,7 +133,8 @@ def save_training(
     facts = dict(eps=c.eps_255/255, eta=c.eta_255/255, steps=c.steps, preset=run.info["study"], parameters=run.config)
     if "w_s" in vars(c): facts["w_s"] = c.w_s
     save_visual(student, run/"visual.safetensors", facts)
-    finish_run(run, training_metrics(run, rows))
+    metrics = training_metrics(run, rows)
+    finish_run(run, metrics | dict(table=training_rows(run.path.name, metrics)))
     drop_checkpoints(run)
 
 # %% ../../nbs/api/training/recipes.ipynb #22fbfb4f
