@@ -194,7 +194,7 @@ def test_on_cifar10(root, tmp_path):
     save_clip(load_clip("tiny-cifar", words=words), weights)
     papermill(root, tmp_path, "roar", "-f", "configs/sample/roar.yaml", "-p", "pretrained", weights,
               "-y", "models: [clip]", "-y", "ks: [50]", "-p", "limit", 400,
-             "-p", "retrainings", 1, "-p", "epochs", 4, "-y", "milestones: [3]")
+              "-p", "retrainings", 1, "-p", "epochs", 4, "-y", "milestones: [3]")
     rows = metrics(tmp_path, "sample/cifar", "roar")["table"]
     whole = next(r for r in rows if r["metric"] == "accuracy@0")
     assert whole["mean"] > .13 and whole["n"] == 400 and whole["chance"] == .1

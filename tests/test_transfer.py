@@ -62,7 +62,7 @@ def test_an_image_without_a_text_is_refused():
 
 @pytest.mark.sample
 def test_real_images_from_elsewhere(sample_data):
-    "Polyps have masks, dermoscopy and films have none; films have no label either and are asked for by their caption."
+    "Polyps have masks, dermoscopy and X-rays have none; X-rays have no label either, so their text is the caption."
     clips = dict(clip=load_clip("tiny", seed=0, words=WORDS_OF_MEDICINE))
     clips["aft4"] = frozen(load_clip("tiny", seed=1))
     folders = dict(isic="isic2017", kvasir="kvasir", chest_xray="chest_xray")
