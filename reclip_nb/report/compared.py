@@ -104,7 +104,7 @@ def _table2(f: pd.DataFrame) -> pd.DataFrame:
 
 
 def _detectors(f: pd.DataFrame, models: str = "clip$|aft") -> pd.DataFrame:
-    "Concept detectors, all of a unit's pixels considered after its threshold."
+    "Concept detectors with the threshold after upsampling."
     return _of(f, "network_dissection", models, protocol="after", method="detectors")
 
 
