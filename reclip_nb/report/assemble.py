@@ -29,22 +29,24 @@ EXTENSION = dict(id="epg", title="EPG extension", found="supported",
                  statement="explicit saliency supervision improves localization metrics while preserving most of the "
                            "adversarial robustness provided by AFT")
 DUAL = dict(id="dual", title="Dual AFT", found="not in the paper", evidence=(),
-            statement="the inner attack can be replaced by a gradient penalty, at a lower price and with less accuracy lost")
+            statement="the inner attack can be replaced by a gradient penalty, at a lower price and with less accuracy "
+                      "lost")
 LEGRAD = dict(id="legrad", title="LeGrad", found="leads Tables 6, 7 and 9; either part needed (Table 8)",
               evidence=(*(f"legrad.table{n}" for n in range(6, 12)), "legrad.fig9", "legrad.fig10"),
-              statement="superior performance on the perturbation-based benchmark; omission of the ReLU or of the intermediate layers induces "
-                        "decline")
+              statement="superior performance on the perturbation-based benchmark; omission of the ReLU or of the "
+                        "intermediate layers induces decline")
 
 
 def _claims(judged: list[Finding], covered: list[dict]) -> list[dict]:
-    "Claims of both papers and extensions: the paper's verdict, ours, and evidence that was not or only partly measured."
+    "Claims and extensions: the paper's verdict, ours, and evidence that was not or only partly measured."
     status = {c["id"]: c["status"] for c in covered}
     claims = [*({k: getattr(c, k) for k in EXTENSION} for c in CLAIMS), EXTENSION, LEGRAD, DUAL]
     rows = []
     for claim in claims:
         unmeasured = [i for i in claim["evidence"] if status.get(i, "measured") != "measured"]
         of_claim = [f for f in judged if f.claim == claim["id"]]
-        rows.append({k: claim[k] for k in ("id", "title", "statement", "found")} | dict(verdict=verdict(of_claim), open=unmeasured))
+        rows.append({k: claim[k] for k in ("id", "title", "statement", "found")}
+                    | dict(verdict=verdict(of_claim), open=unmeasured))
     return rows
 
 # %% ../../nbs/api/report/assemble.ipynb #17104e54
@@ -84,7 +86,8 @@ def _records(studies: list[Study]) -> dict:
     return dict(
         provenance=_distinct([{k: v for k, v in info["provenance"].items() if k != "time"} for _, _, info, _ in runs]),
         missing={s.name: _missing(s) for s in studies}, cards={"probe": [PROBE_CARD], **cards},
-        runs=[dict(study=study, run=name, seconds=info.get("seconds"), digest=info["digest"], energy=metrics.get("energy") or {})
+        runs=[dict(study=study, run=name, seconds=info.get("seconds"), digest=info["digest"],
+                   energy=metrics.get("energy") or {})
               for study, name, info, metrics in runs])
 
 # %% ../../nbs/api/report/assemble.ipynb #a0aae66b

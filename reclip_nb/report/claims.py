@@ -70,15 +70,18 @@ _AFT = "AFT4 − CLIP > {margin} points on the mean of the seeds"
 _FASTER = "area of the other − area of AFT4 > 0 on the mean of the seeds, in each data set"
 _MAPS, _ROAR = "localisation of clip and aft4", "roar of clip and aft4_rn"
 SALIENCY_RULES = (
-    Rule("aft_pg", "claim1", "AFT4 raises PG of Simple Gradient", _AFT, _maps("simple_gradient", "pointing_game"), _MAPS),
-    Rule("aft_energy", "claim1", "AFT4 raises PG-energy of Simple Gradient", _AFT, _maps("simple_gradient", "energy_pointing"), _MAPS,
-         margin="aft_energy"),
+    Rule("aft_pg", "claim1", "AFT4 raises PG of Simple Gradient", _AFT,
+         _maps("simple_gradient", "pointing_game"), _MAPS),
+    Rule("aft_energy", "claim1", "AFT4 raises PG-energy of Simple Gradient", _AFT,
+         _maps("simple_gradient", "energy_pointing"), _MAPS, margin="aft_energy"),
     Rule("aft_gradcam", "claim1", "AFT4 raises PG, PG-energy and AP of Grad-CAM", EACH_GAIN,
          _maps("gradcam", "pointing_game", "energy_pointing", "average_precision"), _MAPS),
-    Rule("aft_grad_eclip", "claim1", "AFT4 raises every metric of Grad-ECLIP", EACH_GAIN, _maps("grad_eclip", *METRICS), _MAPS),
+    Rule("aft_grad_eclip", "claim1", "AFT4 raises every metric of Grad-ECLIP", EACH_GAIN,
+         _maps("grad_eclip", *METRICS), _MAPS),
     Rule("roar_clip", "claim1", "ROAR: accuracy falls faster with Simple Gradient of AFT4 than of CLIP", _FASTER,
          _faster("simple_gradient", "simple_gradient", "clip"), _ROAR),
-    Rule("roar_random", "claim1", "ROAR: accuracy falls faster with Simple Gradient of AFT4 than with random pixels", _FASTER,
+    Rule("roar_random", "claim1", "ROAR: accuracy falls faster with Simple Gradient of AFT4 than with random pixels",
+         _FASTER,
          _faster("simple_gradient", "random", "none"), _ROAR),
     Rule("roar_gradcam", "claim1", "ROAR: Grad-CAM of AFT4 against Grad-CAM of CLIP", REPORTED,
          _faster("gradcam", "gradcam", "clip"), _ROAR, margin=None))
@@ -97,12 +100,14 @@ _SIMILARITIES = {"soft_wpmi": "soft-WPMI", "cos": "cosine", "cos_cubed": "cubed 
                  "pearson": "centred cosine (not in the paper)"}
 CONCEPT_RULES = (
     *(Rule(f"concepts_{k}", "claim2", f"AFT raises mean and median {name} of neurons and concepts", _RISES,
-           steps("clip_dissect", "own concepts", k, ("mean", "median")), _CONCEPTS, unit=1) for k, name in _SIMILARITIES.items()),
+           steps("clip_dissect", "own concepts", k, ("mean", "median")), _CONCEPTS, unit=1)
+      for k, name in _SIMILARITIES.items()),
     Rule("detectors", "claim2", "AFT raises the number of concept detectors", _RISES,
          steps("network_dissection", "after", "detectors", ("detectors",)), _UNITS, unit=1),
     Rule("detectors_rotated", "claim2",
          "AFT raises the number of detectors above that of a rotated basis (control, not in the paper)", _RISES,
-         tuple(Quantity(f"detectors {a} → {b}", (*_above_rotated(b), *_above_rotated(a, -1))) for a, b in pairwise(_CHAIN)),
+         tuple(Quantity(f"detectors {a} → {b}", (*_above_rotated(b), *_above_rotated(a, -1)))
+               for a, b in pairwise(_CHAIN)),
          _UNITS, unit=1),
     Rule("detectors_null", "claim2", "detectors − detectors in a rotated basis, of each model", REPORTED,
          tuple(Quantity(m, _above_rotated(m)) for m in _CHAIN), _UNITS, margin=None, unit=1))
@@ -120,7 +125,8 @@ TRANSFER_RULES = (
          "localisation of clip and aft4 with linear-probe maps"),
     Rule("six_class_maps", "claim3", "AFT4 raises PG-energy under the six-class probe", EACH_GAIN,
          _gallery("six_class_probe", ANY, "{method} {metric}", "PG-energy"), _SETS),
-    Rule("ood_maps", "claim3", "AFT4 raises PG-energy and concentration on out-of-distribution images, all kinds together",
+    Rule("ood_maps", "claim3",
+         "AFT4 raises PG-energy and concentration on out-of-distribution images, all kinds together",
          EACH_GAIN, _gallery("out_of_distribution", "all", "{metric}", "PG-energy", "concentration"), _SETS),
     Rule("ood_kinds", "claim3", "PG-energy on each kind of out-of-distribution images, AFT4 − CLIP", REPORTED,
          _gallery("out_of_distribution", ANY, "{method} {metric}", "PG-energy"), _SETS, margin=None))
@@ -140,11 +146,13 @@ ACCURACY_RULES = (
     Rule("apgd_clip", "claim4", "accuracy of CLIP under APGD at 2/255 (the paper: 0)", REPORTED,
          (Quantity("clip", ((1, _average("robust_2", "clip")),)),), _APGD, margin=None),
     Rule("clean_order", "claim4", "clean accuracy falls from CLIP to AFT1 to AFT4", EACH_STEP,
-         tuple(difference_of(f"{a} − {b}", _average("clean", a), _average("clean", b)) for a, b in pairwise(_CHAIN)), _APGD),
+         tuple(difference_of(f"{a} − {b}", _average("clean", a), _average("clean", b)) for a, b in pairwise(_CHAIN)),
+         _APGD),
     Rule("aft_robust", "claim4", "AFT4 raises the probe's robust accuracy at 2/255", _AFT,
          gains("training", "zero_shot", "probe", ["robust_2"]), "probes of clip and aft4", margin="aft_robust"),
     *(Rule(f"{m}_clean", "claim4", f"clean accuracy, {m.upper()} − CLIP", REPORTED,
-           gains("training", "zero_shot", "probe", ["clean"], m), f"probes of clip and {m}", margin=None) for m in ("aft1", "aft4")),
+           gains("training", "zero_shot", "probe", ["clean"], m), f"probes of clip and {m}", margin=None)
+      for m in ("aft1", "aft4")),
     Rule("retrieval_robust", "claim4", "AFT4 keeps more recall under attack than CLIP", EACH_GAIN,
          tuple(q for k in ("t2i_r1", "i2t_r1") for e in (2, 4)
                for q in gains("retrieval", "all", f"embedding {e}", [k], name=f"{{metric}} at {e}/255")),
@@ -165,24 +173,31 @@ def _over_sweep(metric: str) -> tuple[Quantity, ...]:
                  for q in gains("localisation", "zero_shot", "simple_gradient", [metric], b, a, f"{a[3:]} → {b[3:]}"))
 
 
-_CONTROL, _SWEPT = "w_s = 0.6 − w_s = 0 > {margin} points on the mean of the seeds", "localisation of the sweep over w_s"
+_CONTROL = "w_s = 0.6 − w_s = 0 > {margin} points on the mean of the seeds"
+_SWEPT = "localisation of the sweep over w_s"
 _EPG = dict(experiment="localisation", protocol="zero_shot", method="simple_gradient", model="epg0.6", over="epg0.0")
 EPG_RULES = (
-    Rule("epg_energy", "epg", "EPG raises PG-energy over the control", _CONTROL, gains(metrics=["energy_pointing"], **_EPG), _SWEPT,
-         margin="epg_energy"),
-    Rule("epg_ap", "epg", "EPG raises AP over the control", _CONTROL, gains(metrics=["average_precision"], **_EPG), _SWEPT),
-    Rule("epg_energy_grows", "epg", "PG-energy grows with w_s over 0, 0.2, 0.4, 0.6", EACH_STEP, _over_sweep("energy_pointing"), _SWEPT),
-    Rule("epg_ap_grows", "epg", "AP grows with w_s over 0, 0.2, 0.4, 0.6", EACH_STEP, _over_sweep("average_precision"), _SWEPT),
+    Rule("epg_energy", "epg", "EPG raises PG-energy over the control", _CONTROL,
+         gains(metrics=["energy_pointing"], **_EPG), _SWEPT, margin="epg_energy"),
+    Rule("epg_ap", "epg", "EPG raises AP over the control", _CONTROL,
+         gains(metrics=["average_precision"], **_EPG), _SWEPT),
+    Rule("epg_energy_grows", "epg", "PG-energy grows with w_s over 0, 0.2, 0.4, 0.6", EACH_STEP,
+         _over_sweep("energy_pointing"), _SWEPT),
+    Rule("epg_ap_grows", "epg", "AP grows with w_s over 0, 0.2, 0.4, 0.6", EACH_STEP,
+         _over_sweep("average_precision"), _SWEPT),
     Rule("epg_from_clip", "epg", "EPG straight from CLIP fails",
          "clean accuracy below half of CLIP's; embedding loss and share outside above those of w_s = 0.6 from AFT4",
          (difference_of("embedding loss ×100", _training("aft", "epg_from_clip"), _training("aft", "epg0.6")),
           difference_of("share outside", _training("epg", "epg_from_clip"), _training("epg", "epg0.6")),
-          Quantity("½ CLIP's clean − its own", ((.5, _training("clean", "clip")), (-1, _training("clean", "epg_from_clip"))))),
+          Quantity("½ CLIP's clean − its own", ((.5, _training("clean", "clip")),
+                                                (-1, _training("clean", "epg_from_clip"))))),
          "runs clip, epg0.6, epg_from_clip"),
     Rule("epg_guarded", "epg", "EPG straight from CLIP trains once images of vanishing gradient are left out",
          "share outside below, and clean accuracy above, those of the unguarded run; each > 0 on the mean of the seeds",
-         (difference_of("share outside, less by", _training("epg", "epg_from_clip"), _training("epg", "epg_from_clip_guarded")),
-          difference_of("clean accuracy, more by", _training("clean", "epg_from_clip_guarded"), _training("clean", "epg_from_clip"))),
+         (difference_of("share outside, less by", _training("epg", "epg_from_clip"),
+                        _training("epg", "epg_from_clip_guarded")),
+          difference_of("clean accuracy, more by", _training("clean", "epg_from_clip_guarded"),
+                        _training("clean", "epg_from_clip"))),
          "runs epg_from_clip, epg_from_clip_guarded"))
 
 # %% ../../nbs/api/report/claims.ipynb #672e547b
@@ -211,12 +226,14 @@ DUAL_RULES = (
     Rule("dual_energy", "dual", "weight 16 reaches AFT4's PG-energy, weight 16 − AFT4", REPORTED,
          _penalty("dual16", "aft4", "energy", "clean", "robust_2"), "dual_aft", margin=None),
     Rule("dual_price", "dual",
-         "at the price of ten attack steps or less, the penalty gives more clean and robust accuracy and a better map", EACH_GAIN,
+         "at the price of ten attack steps or less, the penalty gives more clean and robust accuracy and a better map",
+         EACH_GAIN,
          _penalty("dual4_long", "aft4_pgd10", *_ALL), "dual_aft"),
     Rule("dual_long", "dual", "it also beats two attack steps of as many updates, at about the same price", EACH_GAIN,
          _penalty("dual4_long", "aft4_long", *_ALL), "dual_aft"),
     Rule("dual_curve", "dual",
-         "more weight buys robustness and a better map, and costs accuracy, at every step from 1 to 4 to 16 to 64", EACH_GAIN,
+         "more weight buys robustness and a better map, and costs accuracy, at every step from 1 to 4 to 16 to 64",
+         EACH_GAIN,
          _curve(), "dual_aft"),
     Rule("dual_strong", "dual", "weight 64 against PGD at ε = 8/255, weight 64 − AFT8", REPORTED,
          _penalty("dual64", "aft8", *_ALL), "dual_aft", margin=None),

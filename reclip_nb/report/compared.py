@@ -88,7 +88,8 @@ def _table8(f: pd.DataFrame) -> pd.DataFrame:
 def _table10(f: pd.DataFrame) -> pd.DataFrame:
     "Over the slope of the LeakyReLU."
     rows = _one_class(_legrad(f, 10))
-    return rows.assign(slope=rows["method"].str.extract(r"slope([\d.]+)")[0].astype(float).fillna(0)).drop(columns="method")
+    slope = rows["method"].str.extract(r"slope([\d.]+)")[0].astype(float).fillna(0)
+    return rows.assign(slope=slope).drop(columns="method")
 
 
 def _table11(f: pd.DataFrame) -> pd.DataFrame:

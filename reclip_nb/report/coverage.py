@@ -16,10 +16,13 @@ from ..study.runs import Run
 # %% ../../nbs/api/report/coverage.ipynb #354471d3
 _MANY = tuple(("explainers", m) for m in ("legrad", "gradcam", "chefer", "raw_attention", "rollout", "textspan"))
 _MAPS = (("methods", "simple_gradient"), ("methods", "grad_eclip"))
-SHOWS = {  # figure -> settings of a run and what they must contain (a number is a minimum); without the first there is no figure
+# figure -> settings of a run and what they must contain (a number is a minimum); without the first there is no figure
+SHOWS = {
     "re.fig1": (("models", "aft4"), ("models", "clip"), *_MAPS, ("ood", 4), ("six", 1)),
-    "re.fig2": (("models", "aft4"), ("models", "clip"), *(("similarities", s) for s in ("soft_wpmi", "cos", "cos_cubed"))),
-    "re.fig3": (("models", "aft4_rn"), ("models", "clip"), ("methods", "simple_gradient"), ("methods", "gradcam"), ("data", 2)),
+    "re.fig2": (("models", "aft4"), ("models", "clip"),
+                *(("similarities", s) for s in ("soft_wpmi", "cos", "cos_cubed"))),
+    "re.fig3": (("models", "aft4_rn"), ("models", "clip"), ("methods", "simple_gradient"), ("methods", "gradcam"),
+                ("data", 2)),
     "re.fig4": tuple(("points", f"epg{w}") for w in ("0.6", "0.0", "0.2", "0.4")),
     "re.fig5": (("models", "epg0.6"), *_MAPS), "legrad.fig7": _MANY, "legrad.fig11": _MANY}
 
@@ -36,7 +39,8 @@ def missing_settings(
 ) -> list[str]:  # in the order of `wanted`
     "What a figure needs and the run does not contain."
     settings = run.config | dict(points=[p["model"] for p in run.metrics.get("points", [])])
-    return [value if isinstance(value, str) else key for key, value in wanted if not _contains(settings.get(key), value)]
+    return [value if isinstance(value, str) else key for key, value in wanted
+            if not _contains(settings.get(key), value)]
 
 
 def _figure(id: str, runs: list[Run]) -> tuple[str, str]:
@@ -48,7 +52,8 @@ def _figure(id: str, runs: list[Run]) -> tuple[str, str]:
     if wanted and wanted[0][1] in missing: return "not measured", f"{name}: no finished run shows {wanted[0][1]}"
     models = [*dict.fromkeys(m for r in runs for m in r.config.get("models", []))]
     if network and not any(m.startswith(network) for m in models):
-        return "partly measured", f"{name}: {', '.join(models) or 'another model'} instead of {network.removesuffix('@')}"
+        used = ", ".join(models) or "another model"
+        return "partly measured", f"{name}: {used} instead of {network.removesuffix('@')}"
     if missing: return "partly measured", f"{name}: without {', '.join(missing)}"
     return "measured", name
 

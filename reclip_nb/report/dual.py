@@ -50,7 +50,8 @@ def dual_table(
     order = [m for k in (*CURVES, "variants") for m in report["dual"][k]]
     models = sorted(cells, key=lambda m: (*order, m).index(m))
     columns = list(dict.fromkeys([*names.values(), *(c for row in cells.values() for c in row)]))
-    return pd.DataFrame([dict(model=m) | cells[m] for m in models], columns=["model", *columns], dtype=object).fillna("–")
+    return pd.DataFrame([dict(model=m) | cells[m] for m in models], columns=["model", *columns],
+                        dtype=object).fillna("–")
 
 
 def plot_dual(

@@ -16,7 +16,8 @@ from ..paper import table
 from .rules import ANY, FIRST, REPORTED, Cell, Finding, Lowest, Quantity, Rule, difference_of, judged
 
 # %% ../../nbs/api/report/legrad.ipynb #9b52d16f
-COLUMN_NAMES = {"p_miou": "p-mIoU"} | {f"{k}_{c}": f"{k}, {c}" for k in ("negative", "positive") for c in ("predicted", "target")}
+COLUMN_NAMES = {"p_miou": "p-mIoU"} | {f"{k}_{c}": f"{k}, {c}" for k in ("negative", "positive")
+                                       for c in ("predicted", "target")}
 BOTH = ("negative_target", "positive_target")  # areas, maps of the true class
 FOUR = table("legrad.table9").metrics  # areas, maps of the predicted class too
 
@@ -43,7 +44,8 @@ def leads(
     "How far LeGrad is ahead of the best of the paper's other methods, one quantity per metric."
     others = [m for m in table(f"legrad.table{number}").frame["method"] if m != "legrad"]
     return tuple(Lowest(tuple(q for m in others for q in
-                              row_gains(experiment, f"legrad.table{number}", [k], "legrad", m, f"{{metric}} over {m}"))) for k in metrics)
+                              row_gains(experiment, f"legrad.table{number}", [k], "legrad", m,
+                                        f"{{metric}} over {m}"))) for k in metrics)
 
 # %% ../../nbs/api/report/legrad.ipynb #d210f92d
 _DIFFERENCE = "each difference > 0 on the mean of the seeds"
@@ -51,13 +53,16 @@ _AREAS, _POINTS = "legrad_perturbation", "legrad_open_vocabulary"  # experiments
 SUBJECTS = {6: "CLIP", 7: "SigLIP", 9: "the classifier"}
 _AGAINST = {6: "Grad-CAM in three variants", 7: "the five other methods", 9: "the seven other methods"}
 LEAD_RULES = (
-    *(Rule(f"legrad_first_table{n}", "legrad", f"LeGrad leads on perturbation of {model}, against {_AGAINST[n]} (Table {n})",
+    *(Rule(f"legrad_first_table{n}", "legrad",
+           f"LeGrad leads on perturbation of {model}, against {_AGAINST[n]} (Table {n})",
            _DIFFERENCE, leads(_AREAS, n, BOTH if n == 6 else FOUR), _AREAS) for n, model in SUBJECTS.items()),
     *(Rule(f"legrad_points_table{n}", "legrad", f"LeGrad leads in p-mIoU on {SUBJECTS[n]} (Table {n})", _DIFFERENCE,
            leads(_POINTS, n, ["p_miou"]), _POINTS) for n in (6, 7)),
-    Rule("legrad_random", "legrad", "LeGrad beats random pixels on perturbation (control, not in the paper)", _DIFFERENCE,
+    Rule("legrad_random", "legrad", "LeGrad beats random pixels on perturbation (control, not in the paper)",
+         _DIFFERENCE,
          tuple(q for n, model in SUBJECTS.items()
-               for q in row_gains(_AREAS, f"legrad.table{n}", BOTH, "legrad", "random", f"{model}: {{metric}}")), _AREAS))
+               for q in row_gains(_AREAS, f"legrad.table{n}", BOTH, "legrad", "random", f"{model}: {{metric}}")),
+         _AREAS))
 
 # %% ../../nbs/api/report/legrad.ipynb #c8fa8321
 def _slopes() -> tuple[Quantity, ...]:
@@ -68,7 +73,8 @@ def _slopes() -> tuple[Quantity, ...]:
 
 
 OMISSION_RULES = (
-    Rule("gradcam_cls", "legrad", "Grad-CAM loses without the class token, on perturbation and in p-mIoU (Table 6)", _DIFFERENCE,
+    Rule("gradcam_cls", "legrad", "Grad-CAM loses without the class token, on perturbation and in p-mIoU (Table 6)",
+         _DIFFERENCE,
          (*row_gains(_AREAS, "legrad.table6", BOTH, "gradcam", "gradcam:no_cls"),
           *row_gains(_POINTS, "legrad.table6", ["p_miou"], "gradcam", "gradcam:no_cls")),
          "legrad_perturbation and legrad_open_vocabulary"),
@@ -76,9 +82,11 @@ OMISSION_RULES = (
          row_gains(_POINTS, "legrad.table6", ["p_miou"], "gradcam:multi_layer", "gradcam"), _POINTS),
     Rule("legrad_relu", "legrad", "LeGrad loses without the ReLU (Table 8)", _DIFFERENCE,
          row_gains(_AREAS, "legrad.table8", BOTH, "legrad", "legrad:slope1.0"), _AREAS),
-    Rule("legrad_layers", "legrad", "LeGrad loses with the final score in place of a score per layer (Table 8)", _DIFFERENCE,
+    Rule("legrad_layers", "legrad", "LeGrad loses with the final score in place of a score per layer (Table 8)",
+         _DIFFERENCE,
          row_gains(_AREAS, "legrad.table8", BOTH, "legrad", "legrad:one_layer"), _AREAS),
-    Rule("legrad_slope", "legrad", "LeGrad loses at every step from the ReLU to none (Table 10)", _DIFFERENCE, _slopes(), _AREAS))
+    Rule("legrad_slope", "legrad", "LeGrad loses at every step from the ReLU to none (Table 10)", _DIFFERENCE,
+         _slopes(), _AREAS))
 
 # %% ../../nbs/api/report/legrad.ipynb #6fc48499
 def _birds(metrics: Sequence[str], over: str) -> tuple[Quantity, ...]:
@@ -93,11 +101,13 @@ def _share(metric: str) -> Cell:
 
 _SIX = table("legrad.table11").metrics
 LAYER_AND_BIRD_RULES = (
-    Rule("layers_late", "legrad", "the last block has more of LeGrad's gradient than the first (Figures 9 to 18)", _DIFFERENCE,
+    Rule("layers_late", "legrad", "the last block has more of LeGrad's gradient than the first (Figures 9 to 18)",
+         _DIFFERENCE,
          (difference_of("{model}", _share("last block"), _share("first block")),), "layer_gradients"),
     Rule("layers_first", "legrad", "share of the classes in which the first block leads (Figures 12 to 18)", REPORTED,
          (Quantity("{model}, first", ((1, _share("led by first block")),)),), "layer_gradients", margin=None),
-    Rule("birds_gradcam", "legrad", "LeGrad is above Grad-CAM in all six properties of FunnyBirds (Table 11)", _DIFFERENCE,
+    Rule("birds_gradcam", "legrad", "LeGrad is above Grad-CAM in all six properties of FunnyBirds (Table 11)",
+         _DIFFERENCE,
          _birds(_SIX, "gradcam"), "funnybirds"),
     Rule("birds_lrp", "legrad", "FunnyBirds, LeGrad − Transformer Attribution (the paper: on par with LRP)", REPORTED,
          _birds(_SIX, "transformer_attribution"), "funnybirds", margin=None),

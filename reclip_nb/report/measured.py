@@ -19,8 +19,9 @@ BUDGETS = {"clean": 0, "robust_2": 2, "robust_4": 4}  # metric -> eps in 1/255
 CONTROLS = ("random", "center")  # explainers that do not use the model
 TRAINING = ("train_clip", "train_aft", "train_epg")
 RECORDED = (  # experiments whose rows a report reads, in its order
-    *TRAINING, "localisation", "network_dissection", "clip_dissect", "saliency_gallery", "roar", "dual_aft", "legrad_perturbation",
-    "layer_gradients", "legrad_open_vocabulary", "funnybirds", "zero_shot", "retrieval", "explainers")
+    *TRAINING, "localisation", "network_dissection", "clip_dissect", "saliency_gallery", "roar", "dual_aft",
+    "legrad_perturbation", "layer_gradients", "legrad_open_vocabulary", "funnybirds", "zero_shot", "retrieval",
+    "explainers")
 KEYS = ["experiment", *KEY_COLUMNS]
 VALUES = [*VALUE_COLUMNS]
 
@@ -28,8 +29,8 @@ VALUES = [*VALUE_COLUMNS]
 def measurements(
     studies: list[Study],  # from `open_studies`
 ) -> pd.DataFrame:  # study, experiment, protocol, method, model, metric, mean, low, high, interval, n, chance
-    """Every number of every study, one row each; accuracies and scores of maps are fractions. Undefined values are left out.
-    Raises ValueError for rows that lack a column."""
+    """Every number of every study, one row each; accuracies and scores of maps are fractions.
+    Undefined values are left out. Raises ValueError for rows that lack a column."""
     rows = []
     for study in studies:
         for experiment in RECORDED:

@@ -127,7 +127,8 @@ def caption(
     ends = " or ".join(_distinct([names.get(i, "95 % interval over images") for i in measured["interval"]]))
     images = " to ".join(f"{n:.0f}" for n in _distinct([measured["n"].min(), measured["n"].max()]))
     models = ", ".join(_distinct([*measured["on"].dropna()])) if "on" in measured else ""
-    text = f"{unit}Measured: {studies}{f', on {models}' if models else ''}; mean [{ends}]; n = {images} per seed where the value is defined."
+    where = f"{studies}, on {models}" if models else studies
+    text = f"{unit}Measured: {where}; mean [{ends}]; n = {images} per seed where the value is defined."
     return f"{text} Chance: {levels}." if levels else text
 
 
@@ -149,8 +150,8 @@ def _judged(report: dict) -> dict[str, str]:
                  "value": difference(f["value"], f["unit"]),
                  "per seed": ", ".join(difference(v, f["unit"]) for v in f["per_seed"].values()) or "–",
                  "rule": f["rule"], "detail": f["detail"] or "–"} for f in report["findings"]]
-    note = ("Values are in points (hundredths), except scores and counts. Where a rule has several quantities, the value is that of the "
-            "one closest to failing.")
+    note = ("Values are in points (hundredths), except scores and counts. Where a rule has several quantities, the "
+            "value is that of the one closest to failing.")
     return {"Claims": markdown(pd.DataFrame(claims)), "Findings": f"{markdown(pd.DataFrame(findings))}\n\n{note}"}
 
 
@@ -182,9 +183,11 @@ def sections(
     "The whole report, in reading order."
     pages = _judged(report) | _paper_tables(report)
     if report["explainers"]:
-        pages |= {f"Every explainer: {m}": markdown(every_explainer(report, m)) for m in ("PG", "PG-energy", "AP", "IoU")}
+        pages |= {f"Every explainer: {m}": markdown(every_explainer(report, m))
+                  for m in ("PG", "PG-energy", "AP", "IoU")}
     if report.get("dual"):
         parts = markdown(dual_table(report)), caption(report, report["dual"]["rows"]), card(report, "dual_aft")
         pages["Dual AFT"] = "\n\n".join(parts)
-    pages["Trade-off"] = "\n\n".join([markdown(tradeoff(report)), caption(report, report["models"]), card(report, "probe")])
+    pages["Trade-off"] = "\n\n".join([markdown(tradeoff(report)), caption(report, report["models"]),
+                                      card(report, "probe")])
     return pages | {"Coverage": markdown(pd.DataFrame(report["coverage"])), "Made by": _made_by(report)}

@@ -112,7 +112,8 @@ def expanded(
         values = [v for v in measured[column].unique() if v != POOLED]
         if symbol == FIRST: values = values[:1]
         return [replace(quantity, name=quantity.name.replace(f"{{{column}}}", v),
-                        terms=tuple((w, c._replace(**{column: v})) for w, c in quantity.terms)) for v in values] or [quantity]
+                        terms=tuple((w, c._replace(**{column: v})) for w, c in quantity.terms))
+                for v in values] or [quantity]
     return [quantity]
 
 
@@ -124,7 +125,8 @@ def _columns(quantity: Quantity | Lowest, frame: pd.DataFrame, wide: pd.DataFram
         candidates = {k: v for k, v in candidates.items() if len(v)} or {quantity.of[0].name: nothing}
         lowest = min(candidates, key=lambda k: candidates[k].mean())
         return {lowest: candidates[lowest]}
-    return {q.name: sum(weight*wide.get(tuple(cell), nothing) for weight, cell in q.terms) for q in expanded(quantity, frame)}
+    return {q.name: sum(weight*wide.get(tuple(cell), nothing) for weight, cell in q.terms)
+            for q in expanded(quantity, frame)}
 
 
 def quantity_values(
@@ -166,10 +168,11 @@ def judge(
     finding = Finding(rule.id, rule.claim, rule.statement, text, margin=margin, unit=rule.unit)
     if values.empty: return replace(finding, detail=f"missing: {rule.runs}")
     means = values.mean()
-    detail = ", ".join(f"{name} {difference(mean, rule.unit)}" for name, mean in means.items()) if len(means) > 1 else ""
+    detail = ", ".join(f"{name} {difference(mean, rule.unit)}" for name, mean in means.items())
     if margin is None: verdict = "reported"
     else: verdict = "holds" if means.min() > margin else "fails"
-    return replace(finding, value=means.min(), per_seed=values.min(axis=1).to_dict(), verdict=verdict, detail=detail)
+    return replace(finding, value=means.min(), per_seed=values.min(axis=1).to_dict(), verdict=verdict,
+                   detail=detail if len(means) > 1 else "")
 
 
 def judged(

@@ -37,7 +37,7 @@ class Study:
 def open_studies(
     names: Sequence[str],  # folders below `runs_root()` that differ only in their seed
 ) -> list[Study]:
-    "Studies with their finished runs. Raises FileNotFoundError for an unknown study, ValueError if presets or worlds differ."
+    "Studies with their finished runs. Raises FileNotFoundError (unknown study), ValueError (presets or worlds differ)."
     base = runs_root()
     if unknown := [n for n in names if not (base/n).is_dir()]:
         available = sorted({str(p.parent.parent.relative_to(base)) for p in base.rglob("run.json")})
