@@ -129,8 +129,7 @@ def _layout(count: int, world: World, rng: np.random.Generator) -> list[tuple[tu
         if attempt % 20 == 0: radii = (rng.uniform(*bounds, count) * size).tolist()  # three large objects may not fit
         y, x = rng.random((2, count)).tolist()
         places = [((r + (size - r - r) * v, r + (size - r - r) * u), r) for r, v, u in zip(radii, y, x)]
-        pairs = itertools.combinations(places, 2)
-        if all(math.dist(a, b) > 1.13 * (p + q) for (a, p), (b, q) in pairs): return places
+        if all(math.dist(a, b) > 1.13 * (p + q) for (a, p), (b, q) in itertools.combinations(places, 2)): return places
 
 # %% ../../nbs/api/worlds/shapes.ipynb #865c142c
 @cache
