@@ -23,7 +23,7 @@ def decided(
     seeds: int = 1, # of the study that is run again
 ) -> bool | None: # whether the mean of that study must exceed the margin; None: open
     """Another machine rounds otherwise, so its trainings take another way, as those of another seed do. A finding is
-    sure where the recorded mean is farther from the margin than 19 of 20 new studies are from that mean (Student's t)."""
+    sure where the recorded mean is farther from the margin than 19 of 20 new studies are from it (Student's t)."""
     n, scatter = len(values), stdev(values)
     bound = student.ppf(.95, n-1)*scatter*(1/n+1/seeds)**.5
     if abs(mean(values)-margin) <= max(bound, LEAST): return None
@@ -62,7 +62,8 @@ def test_recorded_findings_hold_again(tmp_path, monkeypatch):
     record = json.loads(RECORD.read_text())
     studies = record["studies"] if os.environ.get("RECLIP_FULL_STUDY") == "1" else record["studies"][:1]
     monkeypatch.setenv("RECLIP_RUNS", str(tmp_path))
-    graph = [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", "--quiet", "--config", f"preset={record['preset']}",
+    graph = [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", "--quiet", "--config",
+             f"preset={record['preset']}",
              f"world={record['world']}", f"seeds={len(studies)}", "sweeps=1"]
     run = subprocess.run(graph, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -51,7 +51,8 @@ def clip(dtype=torch.float32):
     visual = open_clip.CLIP(32, vision, text, quick_gelu=True).visual
     visual.load_state_dict({k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")})
     visual = visual.to(dtype).eval().requires_grad_(False)
-    mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    published = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in published)
     text, scale = (state[k].to(dtype) for k in ("text_embeddings", "logit_scale_exp"))
     return lambda x: scale*F.normalize(visual((x-mean)/std), dim=-1) @ text.T
 
@@ -130,7 +131,7 @@ class Case:
 @pytest.mark.parametrize("name", CASES)
 def test_apgd(name):
     """Every loss of every step, the final step sizes, the best images: masks alone are weak evidence. An image that
-    parts from the reference by rounding has the reference's mask here, and all of its numbers where it is rounded alike."""
+    parts from the reference by rounding has the reference's mask here, and all of its numbers where rounding is alike."""
     case = Case(name)
     here, _ = followed(case.attack, case.f, case.bounds, case.floor)
     assert torch.equal(~here.broken, case.want["robust"])
@@ -275,7 +276,8 @@ def test_any_objective_climbs_higher_than_sign_steps(some):
     far = lambda v: (tiny()(v)-target).square().sum(1)
     found = auto_pgd(far, some[0], 8/255, 20, generator=torch.Generator().manual_seed(0))
     assert found.abs().max() <= 8/255+1e-6 and (far(some[0]+found) > 0).all()
-    with pytest.raises(FloatingPointError, match=r"images \[0, 1"): auto_pgd(lambda v: far(v)*torch.nan, some[0], 8/255, 2)
+    with pytest.raises(FloatingPointError, match=r"images \[0, 1"):
+        auto_pgd(lambda v: far(v)*torch.nan, some[0], 8/255, 2)
 
 
 # What usually goes wrong
@@ -285,8 +287,10 @@ def test_refused(some):
     with pytest.raises(ValueError, match="did you mean 2/255"): apgd(tiny(), x, y, eps=2)
     with pytest.raises(ValueError, match="did you mean 4/255"): robust_eval(tiny(), x, y, (2/255, 4))
     with pytest.raises(ValueError, match="leave normalisation to the model"): apgd(tiny(), 3*x-1, y, eps=2/255)
-    with pytest.raises(ValueError, match="at least 3 classes, the logits have 2"): apgd(lambda v: tiny()(v)[:, :2], x, y % 2, eps=2/255, loss="dlr")
-    with pytest.raises(ValueError, match="at least 4 classes"): robust_eval(lambda v: tiny()(v)[:, :3], x, y % 3, (8/255,), n_iter=2)
+    with pytest.raises(ValueError, match="at least 3 classes, the logits have 2"):
+        apgd(lambda v: tiny()(v)[:, :2], x, y % 2, eps=2/255, loss="dlr")
+    with pytest.raises(ValueError, match="at least 4 classes"):
+        robust_eval(lambda v: tiny()(v)[:, :3], x, y % 3, (8/255,), n_iter=2)
     with pytest.raises(ValueError, match="allowed: ce, dlr, dlr-t"): apgd(tiny(), x, y, eps=2/255, loss="margin")
     with pytest.raises(ValueError, match="within eps"): apgd(tiny(), x, y, eps=2/255, init=(x+.1).clamp(0, 1))
     with pytest.raises(ValueError, match="leave the softmax out"): robust_eval(lambda v: tiny()(v).softmax(1), x, y)
@@ -369,7 +373,8 @@ def test_killed_run_loses_nothing(root, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen([sys.executable, "-c", WORK, state], cwd=root, env=env)
     while first.poll() is None and not (state.exists() and np.load(state)["cost"][0] > 500): time.sleep(.01)
-    first.send_signal(signal.SIGKILL); first.wait()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
     before = np.load(state)
     stages = [k for k in before if "apgd" in k]
     assert len(stages) < 4 or (before[stages[-1]] == -1).any(), "the run was really stopped early"
