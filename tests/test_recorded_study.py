@@ -63,8 +63,7 @@ def test_recorded_findings_hold_again(tmp_path, monkeypatch):
     studies = record["studies"] if os.environ.get("RECLIP_FULL_STUDY") == "1" else record["studies"][:1]
     monkeypatch.setenv("RECLIP_RUNS", str(tmp_path))
     graph = [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", "--quiet", "--config",
-             f"preset={record['preset']}",
-             f"world={record['world']}", f"seeds={len(studies)}", "sweeps=1"]
+             f"preset={record['preset']}", f"world={record['world']}", f"seeds={len(studies)}", "sweeps=1"]
     run = subprocess.run(graph, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     report = report_json(studies)

@@ -131,7 +131,7 @@ class Case:
 @pytest.mark.parametrize("name", CASES)
 def test_apgd(name):
     """Every loss of every step, the final step sizes, the best images: masks alone are weak evidence. An image that
-    parts from the reference by rounding has the reference's mask here, and all of its numbers where rounding is alike."""
+    parts from the reference by rounding has the reference's mask here, and its numbers where rounding is alike."""
     case = Case(name)
     here, _ = followed(case.attack, case.f, case.bounds, case.floor)
     assert torch.equal(~here.broken, case.want["robust"])
