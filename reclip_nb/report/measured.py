@@ -17,7 +17,7 @@ MODELS = ("clip", "aft1", "aft4", "epg0.0", "epg0.2", "epg0.4", "epg0.6", "epg_f
           "epg_from_clip_guarded")
 BUDGETS = {"clean": 0, "robust_2": 2, "robust_4": 4}  # metric -> eps in 1/255
 CONTROLS = ("random", "center")  # explainers that do not use the model
-TRAINING = ("train_clip", "train_aft", "train_epg")
+TRAINING = ("train_clip", "train_aft", "train_dual", "train_epg")
 RECORDED = (  # experiments whose rows a report reads, in its order
     *TRAINING, "localisation", "network_dissection", "clip_dissect", "saliency_gallery", "roar", "dual_aft",
     "legrad_perturbation", "layer_gradients", "legrad_open_vocabulary", "funnybirds", "zero_shot", "retrieval",
